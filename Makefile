@@ -1,0 +1,66 @@
+# What can be done with this tree; `make` alone lists it.  GNU make.
+#
+# Each Python has a virtual environment of its own, so that `make demo` and `make demo PYTHON=pypy3` stand side by side.
+# Nothing is installed outside of them.
+
+PYTHON ?= python3
+VENV   := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+IN_VENV = $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs bench guests lint clean
+.NOTPARALLEL:  # two pip must not write into one environment
+.DELETE_ON_ERROR:
+
+help:  ## list what can be made (the default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "With another Python: make demo PYTHON=pypy3"
+
+demo: $(VENV)/.installed  ## boot a VM, suspend it, restore it, see it go on
+	@$(IN_VENV) tools/demo.py
+
+test: $(VENV)/.installed-test  ## run the tests
+	$(IN_VENV) -m pytest -n auto
+
+docs: $(VENV)/.installed-docs  ## build the documentation in docs/_build/html
+	$(IN_VENV) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/.installed  ## measure the interpreter against the same work by hand in Python
+	$(IN_VENV) bench/bench.py
+
+guests:  ## rebuild the embedded guests from their sources (needs gcc and binutils)
+	$(MAKE) -C guests
+
+lint: $(VENV)/.installed-lint  ## check style, types, and who imports whom
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+clean:  ## remove everything made here, the virtual environments too
+	rm -rf .venv .venv-* docs/_build guests/build build *.egg-info
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The package is installed in place (--editable), so a change to a .py file is seen at once; only a change to
+# pyproject.toml installs again.  .installed holds what a VM needs, .installed-test what the tests need besides, and so on.
+PIP_INSTALL = $(IN_VENV) -m pip --disable-pip-version-check install --quiet --editable
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.made
+	@echo "Installing into $(VENV) ..."
+	@$(PIP_INSTALL) .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/.made
+	@echo "Installing into $(VENV) what \"make $*\" needs ..."
+	@$(PIP_INSTALL) '.[$*]'
+	@touch $@
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "$(PYTHON) was not found; name a Python: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
+	    { echo "$(PYTHON) is older than Python 3.9; name a newer one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "$(PYTHON) has no venv module (on Debian or Ubuntu: apt install $(notdir $(PYTHON))-venv)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
