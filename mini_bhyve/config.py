@@ -62,19 +62,18 @@ def one_cpu(value: str) -> int:
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 PAGE = 4096
+MAX_MEMORY = 3 << 30  # bhyve's lowmem limit: above it lies the room for devices
 
 
 def size(value: str) -> int:
     """A size of memory in bytes: a bare number counts megabytes, as for bhyve's `-m`."""
-    match = re.fullmatch(r"([0-9]+)([KMG]?)", value.upper())
+    match = re.fullmatch(r"([0-9]{1,12})([KMG]?)", value.upper())
     if not match:
         raise ValueError("a number of megabytes, or a number followed by K, M or G")
     count, unit = match.groups()
-    if len(count) > 12:
-        raise ValueError("a size that fits a machine")
     octets = int(count) * UNITS[unit or "M"]
-    if octets < UNITS["M"] or octets % PAGE:
-        raise ValueError("at least 1M, and whole pages of 4K")
+    if not UNITS["M"] <= octets <= MAX_MEMORY or octets % PAGE:
+        raise ValueError("from 1M to 3G, in whole pages of 4K")
     return octets
 
 
@@ -101,9 +100,7 @@ VARIABLES = {
     "kernel": Variable(text, None, "a kernel to load: ELF, Multiboot, or a boot sector"),
     "initrd": Variable(text, None, "a file handed to the kernel as its first module"),
     "append": Variable(text, "", "the kernel's command line"),
-    "guest": Variable(
-        one_of("counter", "shell", "long64"), "counter", "the embedded guest: what runs without kernel, ROM and disk"
-    ),
+    "guest": Variable(text, "counter", "the embedded guest: what runs where there is neither kernel, ROM nor disk"),
     "lpc.com1.path": Variable(text, "stdio", "where the first serial line ends: stdio, a file, or a unix socket"),
     "rundir": Variable(text, None, "directory of the socket that ctl.py talks to"),
     "snapshot": Variable(boolean, "true", "whether checkpoint and suspend are served"),
