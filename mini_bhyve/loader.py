@@ -1,0 +1,462 @@
+"""Loaders: how the first program gets into guest memory, and the state in which the processor enters it.
+
+Mirrors bhyveload(8) for kernels and bhyve(8)'s `-l bootrom` for firmware. Read here together with
+
+* the ELF specification (System V ABI, "Program Header"), read with pyelftools;
+* the Multiboot Specification, version 0.6.96: section 3.1 (header), 3.2 (machine state), 3.3 (boot information);
+* Intel SDM vol. 3A, 3.4.5 (segment descriptors), 4.5 (4-level paging), 9.1.4 (first instruction after reset).
+
+What a loader cannot put into memory, it says in a `Start`: the mode, the first instruction, the registers.
+
+    what it is                       where it goes           how it is entered
+    boot sector, flat image          0000:7C00               real mode, as a BIOS does
+    boot ROM                         ends at FFFFF           real mode, at the reset vector
+    ELF32, Multiboot                 where its headers say   protected mode, flat, no paging
+    ELF64                            where its headers say   long mode, first 4 GiB mapped 1:1
+
+For the last two, what the loader itself makes lies in the last 64 KiB of the base memory, where kernels seldom are:
+
+    A0000  +---------------------------------------+  <- stack pointer
+           | stack, 32 KiB                         |
+    98000  +---------------------------------------+
+           | ELF64: PML4, PDPT, 4 page directories |
+           | Multiboot: the boot information       |
+    91000  +---------------------------------------+
+           | GDT                                   |
+    90000  +---------------------------------------+
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from importlib import resources
+from io import BytesIO
+from typing import TYPE_CHECKING, NamedTuple, Optional
+
+if TYPE_CHECKING:
+    from mini_bhyve.memory import GuestMemory
+
+PAGE_SIZE = 4096
+ONE_MIB = 1 << 20
+FOUR_GIB = 1 << 32
+
+BOOT_SECTOR_ADDRESS = 0x7C00
+BOOT_SECTOR_SIZE = 512
+BOOT_SIGNATURE = b"\x55\xaa"
+FIRST_HARD_DISK = 0x80  # the BIOS's number of the drive booted from, in DL
+BASE_MEMORY_END = 0xA0000
+MAX_BOOTROM = 128 << 10  # E0000-FFFFF is what a PC has for its BIOS
+
+# The last 64 KiB of base memory (see above).
+GDT_ADDRESS = 0x90000
+PML4_ADDRESS = 0x91000
+PDPT_ADDRESS = 0x92000
+PAGE_DIRECTORIES = 0x93000
+MULTIBOOT_INFO = 0x91000
+STACK_LIMIT = 0x98000
+STACK_TOP = BASE_MEMORY_END
+
+CODE_SELECTOR = 0x08
+DATA_SELECTOR = 0x10
+
+
+class LoaderError(Exception):
+    """The file cannot be loaded; the message is one sentence that names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The state of the processor when the guest's first instruction runs. Interrupts are off in every mode.
+
+    mode        "real", "protected" (paging off) or "long" (CR0.PG, CR4.PAE, EFER.LME and LMA set)
+    entry       offset of the first instruction in the code segment
+    registers   general registers by name, "eax" or "rax"; those not named are 0
+    code_selector, code_base    of CS
+    data_selector               of DS, ES, FS, GS and SS. In real mode its base is 16 times that; else all segments are
+                                flat: base 0, limit 4 GiB, as the descriptors in the GDT say
+    gdt_base, gdt_limit         for GDTR; in real mode as after a reset, and of no use
+    cr3                         physical address of the PML4; long mode only
+
+    In modes "protected" and "long" the A20 gate is open.
+    """
+
+    mode: str
+    entry: int
+    registers: dict[str, int]
+    code_selector: int = 0
+    code_base: int = 0
+    data_selector: int = 0
+    gdt_base: int = 0
+    gdt_limit: int = 0xFFFF
+    cr3: int = 0
+
+
+# --- Real mode: boot sectors and ROMs ---------------------------------------------------------------------------------
+
+
+def load_flat(memory: GuestMemory, data: bytes) -> Start:
+    """Put a whole image at 0000:7C00, as if it were a boot sector, though it may be longer than one.
+
+    It is entered as a BIOS enters a boot sector: the drive's number in DL, and a stack somewhere below.
+    LoaderError if it is empty or does not end below the video memory, at A0000h.
+    """
+    if not data:
+        raise LoaderError("the boot image is empty")
+    if BOOT_SECTOR_ADDRESS + len(data) > BASE_MEMORY_END:
+        raise LoaderError(
+            f"the boot image has {len(data)} bytes, but from {BOOT_SECTOR_ADDRESS:#x} only "
+            f"{BASE_MEMORY_END - BOOT_SECTOR_ADDRESS} fit into the base memory"
+        )
+    memory.load(BOOT_SECTOR_ADDRESS, data)
+    return Start("real", BOOT_SECTOR_ADDRESS, {"edx": FIRST_HARD_DISK, "esp": BOOT_SECTOR_ADDRESS})
+
+
+def load_boot_sector(memory: GuestMemory, disk_path: str) -> Start:
+    """Put the first sector of a disk image at 0000:7C00. LoaderError if it does not end in 55 AA: not bootable."""
+    sector = _read_file(disk_path, limit=BOOT_SECTOR_SIZE)
+    if len(sector) < BOOT_SECTOR_SIZE or sector[-2:] != BOOT_SIGNATURE:
+        raise LoaderError(f"{disk_path}: not bootable, its first sector does not end with the bytes 55 aa")
+    return load_flat(memory, sector)
+
+
+def load_bootrom(memory: GuestMemory, data: bytes) -> Start:
+    """Put a ROM at the end of the first MiB and below 4 GiB, and start it as a reset does.
+
+    After a reset CS holds F000h, but its base is FFFF0000h and not F0000h: the first instruction comes from FFFFFFF0h,
+    16 bytes before the end of what the processor can address, where the ROM is seen too. The first far jump gives CS
+    an ordinary base, and the ROM goes on running below 1 MiB (SDM vol. 3A, 9.1.4).
+    LoaderError unless it has 1 to 32 pages of 4096 bytes.
+    """
+    if not data or len(data) % PAGE_SIZE or len(data) > MAX_BOOTROM:
+        raise LoaderError(
+            f"the boot ROM has {len(data)} bytes; it must have whole pages of {PAGE_SIZE} bytes, "
+            f"at most {MAX_BOOTROM >> 10} KiB"
+        )
+    memory.add_rom(ONE_MIB - 1, data)
+    return Start("real", 0xFFF0, {}, code_selector=0xF000, code_base=0xFFFF0000)
+
+
+def embedded_guest(name: str) -> bytes:
+    """The image of one of the guests that come with the package. LoaderError names those that there are."""
+    images = {
+        entry.name[: -len(".bin")]: entry
+        for entry in (resources.files("mini_bhyve") / "guests").iterdir()
+        if entry.name.endswith(".bin")
+    }
+    if name not in images:
+        raise LoaderError(f"there is no embedded guest {name!r}, only {', '.join(sorted(images))}")
+    return images[name].read_bytes()
+
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+def load_kernel(memory: GuestMemory, path: str, append: str = "", initrd: Optional[str] = None) -> Start:
+    """Load the kernel in the file `path`: Multiboot, ELF64, ELF32 or a flat image with a boot signature.
+
+    `append` is the command line and `initrd` the file of a module, which only a Multiboot kernel can be given.
+    LoaderError names the file and what is wrong.
+    """
+    data = _read_file(path)
+    header = find_multiboot_header(data)
+    if header is not None:
+        return _load_multiboot(memory, path, data, header, append, initrd)
+    if append or initrd:
+        raise LoaderError(f"{path}: no Multiboot header, so it can be given neither a command line nor an initrd")
+    if data.startswith(b"\x7fELF"):
+        return _load_elf(memory, path, data)
+    if data[0x202:0x206] == b"HdrS":
+        raise LoaderError(f"{path}: a Linux kernel; only ELF, Multiboot and flat images can be started")
+    if data[BOOT_SECTOR_SIZE - 2 : BOOT_SECTOR_SIZE] == BOOT_SIGNATURE:
+        return load_flat(memory, data)
+    raise LoaderError(
+        f"{path}: neither an ELF file nor a Multiboot kernel nor a flat image with the bytes 55 aa at offset 510"
+    )
+
+
+def _load_elf(memory: GuestMemory, path: str, data: bytes) -> Start:
+    """An ELF kernel without a Multiboot header: nobody has defined how it is entered, so it gets a flat machine."""
+    elf_class, entry, _ = _load_segments(memory, path, data)
+    gdt_limit = _write_gdt(memory, elf_class == 64)
+    if elf_class == 32:
+        return _flat_start("protected", entry, {"esp": STACK_TOP}, gdt_limit)
+    _write_identity_page_tables(memory)
+    return _flat_start("long", entry, {"rsp": STACK_TOP}, gdt_limit, cr3=PML4_ADDRESS)
+
+
+def _flat_start(mode: str, entry: int, registers: dict[str, int], gdt_limit: int, cr3: int = 0) -> Start:
+    return Start(
+        mode,
+        entry,
+        registers,
+        code_selector=CODE_SELECTOR,
+        data_selector=DATA_SELECTOR,
+        gdt_base=GDT_ADDRESS,
+        gdt_limit=gdt_limit,
+        cr3=cr3,
+    )
+
+
+def _load_segments(memory: GuestMemory, path: str, data: bytes) -> tuple[int, int, int]:
+    """Put the segments of an ELF file at their *physical* addresses. Returns (32 or 64, physical entry, end).
+
+    A kernel that is linked for the upper half of the address space has virtual addresses that mean nothing until it has
+    turned on paging for itself. Its entry point is such an address too, so it is moved along with its segment.
+    """
+    # Only here, because importing it takes longer than starting most guests.
+    from elftools.common.exceptions import ELFError
+    from elftools.common.utils import struct_parse
+    from elftools.elf.elffile import ELFFile
+
+    try:
+        elf = ELFFile(BytesIO(data))
+    except ELFError as error:
+        raise LoaderError(f"{path}: damaged ELF file ({error})") from None
+    machine = {32: "EM_386", 64: "EM_X86_64"}[elf.elfclass]
+    if elf["e_machine"] != machine or not elf.little_endian:
+        raise LoaderError(f"{path}: an ELF{elf.elfclass} file, but not for the x86 processor")
+    if elf["e_type"] != "ET_EXEC":
+        raise LoaderError(f"{path}: not linked to fixed addresses (ELF type {elf['e_type']}, expected ET_EXEC)")
+
+    size = elf.structs.Elf_Phdr.sizeof()
+    offset, entry_size, count = elf["e_phoff"], elf["e_phentsize"], elf["e_phnum"]
+    if entry_size < size or offset + count * entry_size > len(data):
+        raise LoaderError(f"{path}: the ELF program headers lie beyond the end of the file")
+    headers = [struct_parse(elf.structs.Elf_Phdr, elf.stream, offset + i * entry_size) for i in range(count)]
+    segments = [header for header in headers if header["p_type"] == "PT_LOAD" and header["p_memsz"]]
+    if not segments:
+        raise LoaderError(f"{path}: an ELF file with nothing to load")
+
+    entry, end = elf["e_entry"], 0
+    for segment in segments:
+        start, length = segment["p_offset"], segment["p_filesz"]
+        if start + length > len(data) or length > segment["p_memsz"]:
+            raise LoaderError(f"{path}: the segment at {segment['p_paddr']:#x} lies beyond the end of the file")
+        _place(memory, path, segment["p_paddr"], data[start : start + length], segment["p_memsz"])
+        end = max(end, segment["p_paddr"] + segment["p_memsz"])
+    for segment in segments:
+        if 0 <= entry - segment["p_vaddr"] < segment["p_memsz"]:
+            return elf.elfclass, entry - segment["p_vaddr"] + segment["p_paddr"], end
+    raise LoaderError(f"{path}: the entry point {entry:#x} lies in none of the segments")
+
+
+def _place(memory: GuestMemory, path: str, address: int, data: bytes, size: int) -> None:
+    """Put `data` at `address`, then zeros up to `size` bytes; LoaderError where that hits the end or the loader."""
+    if address + size > memory.size:
+        raise LoaderError(
+            f"{path}: needs memory up to {address + size:#x}, but the guest has only {memory.size >> 20} MiB"
+        )
+    if address < BASE_MEMORY_END and address + size > GDT_ADDRESS:
+        raise LoaderError(
+            f"{path}: its part at {address:#x} lies on {GDT_ADDRESS:#x}-{BASE_MEMORY_END - 1:#x}, "
+            "which the loader needs for itself"
+        )
+    memory.load(address, data)
+    memory.load(address + len(data), bytes(size - len(data)))
+
+
+def _write_gdt(memory: GuestMemory, long_mode: bool) -> int:
+    """Write three descriptors: the null one, flat code at 08h, flat data at 10h. Returns the limit for GDTR.
+
+    A segment descriptor (SDM vol. 3A, 3.4.5), here with base 0 and limit FFFFFh, counted in pages (G): 4 GiB.
+
+        63        56  55  54  53  52  51    48  47   46-45  44  43    40  39        32
+        | base 31:24 | G | D | L |   | limit  | P | DPL  | S |  type  | base 23:16 |
+        31                                  16  15                                   0
+        |           base 15:0                 |               limit 15:0             |
+
+    L marks 64-bit code, D 32-bit code or stack; both at once are reserved. The type has "accessed" set already, so that
+    the processor need not write to the GDT.
+    """
+    code = 0xB  # execute, read, accessed
+    data = 0x3  # read, write, accessed
+    present_segment = 0x9 << 4  # P, DPL 0, S: not a system segment
+    flat = 0xFFFF | 0xF << 48 | 1 << 55
+    size_bit = 1 << 53 if long_mode else 1 << 54
+    gdt = struct.pack(
+        "<QQQ", 0, flat | size_bit | (present_segment | code) << 40, flat | 1 << 54 | (present_segment | data) << 40
+    )
+    memory.load(GDT_ADDRESS, gdt)
+    return len(gdt) - 1
+
+
+def _write_identity_page_tables(memory: GuestMemory) -> None:
+    """Map the first 4 GiB of linear addresses to the same physical ones, in pages of 2 MiB (SDM vol. 3A, 4.5).
+
+        PML4 [0] -> PDPT [0..3] -> four page directories of 512 entries, each a page
+
+    Four entries of the PDPT and not only those with RAM behind, because the ROM and devices lie high.
+    """
+    present, writable, page_size = 1 << 0, 1 << 1, 1 << 7
+    table = present | writable
+    memory.load(PML4_ADDRESS, struct.pack("<Q", PDPT_ADDRESS | table))
+    memory.load(PDPT_ADDRESS, struct.pack("<4Q", *(PAGE_DIRECTORIES + PAGE_SIZE * i | table for i in range(4))))
+    pages = range(0, FOUR_GIB, 2 << 20)
+    memory.load(PAGE_DIRECTORIES, struct.pack(f"<{len(pages)}Q", *(page | table | page_size for page in pages)))
+
+
+# --- Multiboot --------------------------------------------------------------------------------------------------------
+
+MULTIBOOT_SEARCH = 8192  # the header lies wholly within the first 8192 bytes of the file
+MULTIBOOT_HEADER_MAGIC = 0x1BADB002
+MULTIBOOT_BOOTLOADER_MAGIC = 0x2BADB002
+
+# Bits in the header's flags: what the kernel asks of the loader. The low 16 must be understood, the others need not be.
+PAGE_ALIGN_MODULES = 1 << 0
+WANTS_MEMORY_INFO = 1 << 1
+HAS_ADDRESSES = 1 << 16
+
+# Bits in the information's flags: which of its fields are valid.
+INFO_MEMORY = 1 << 0
+INFO_COMMAND_LINE = 1 << 2
+INFO_MODULES = 1 << 3
+INFO_MEMORY_MAP = 1 << 6
+INFO_LOADER_NAME = 1 << 9
+
+MEMORY_AVAILABLE = 1
+MEMORY_RESERVED = 2
+LOADER_NAME = b"mini-bhyve\0"
+
+
+class MultibootHeader(NamedTuple):
+    """A kernel's Multiboot header (section 3.1.1). The addresses are physical, and valid only with HAS_ADDRESSES."""
+
+    offset: int  # of the header in the file; not part of it
+    flags: int
+    header_addr: int = 0
+    load_addr: int = 0
+    load_end_addr: int = 0
+    bss_end_addr: int = 0
+    entry_addr: int = 0
+
+
+def find_multiboot_header(data: bytes) -> Optional[MultibootHeader]:
+    """Look for the header: three words, at an offset that 4 divides, whose sum is 0 modulo 2**32; None without one."""
+    for offset in range(0, min(len(data), MULTIBOOT_SEARCH) - 11, 4):
+        magic, flags, checksum = struct.unpack_from("<III", data, offset)
+        if magic == MULTIBOOT_HEADER_MAGIC and (magic + flags + checksum) & 0xFFFFFFFF == 0:
+            if not flags & HAS_ADDRESSES:
+                return MultibootHeader(offset, flags)
+            if offset + 32 <= min(len(data), MULTIBOOT_SEARCH):
+                return MultibootHeader(offset, flags, *struct.unpack_from("<5I", data, offset + 12))
+    return None
+
+
+def _load_multiboot(
+    memory: GuestMemory, path: str, data: bytes, header: MultibootHeader, append: str, initrd: Optional[str]
+) -> Start:
+    """Load a Multiboot kernel and its module, write the boot information, and enter it as section 3.2 says:
+
+    EAX = 2BADB002h, EBX = physical address of the information, flat 32-bit segments, paging and interrupts off, A20
+    open. The specification leaves ESP and GDTR undefined; here they are fit for use all the same.
+    """
+    unknown = header.flags & 0xFFFF & ~(PAGE_ALIGN_MODULES | WANTS_MEMORY_INFO)
+    if unknown:
+        raise LoaderError(f"{path}: the Multiboot header asks for what this loader does not have (flags {unknown:#x})")
+    if header.flags & HAS_ADDRESSES:
+        entry, end = _load_by_addresses(memory, path, data, header)
+    elif data.startswith(b"\x7fELF"):
+        _, entry, end = _load_segments(memory, path, data)
+    else:
+        raise LoaderError(f"{path}: a Multiboot kernel that is not ELF and whose header has no load addresses")
+
+    modules = []
+    if initrd:
+        # Behind the kernel, and always on a page boundary, whether the header asks for it or not.
+        start = -(-max(end, ONE_MIB) // PAGE_SIZE) * PAGE_SIZE
+        contents = _read_file(initrd)
+        _place(memory, initrd, start, contents, len(contents))
+        modules.append((start, start + len(contents), initrd))
+    # The first word of the command line is the kernel's name, like a program's argv[0].
+    _write_multiboot_info(memory, path, f"{path} {append}".rstrip(), modules)
+    registers = {"eax": MULTIBOOT_BOOTLOADER_MAGIC, "ebx": MULTIBOOT_INFO, "esp": STACK_TOP}
+    return _flat_start("protected", entry, registers, _write_gdt(memory, long_mode=False))
+
+
+def _load_by_addresses(memory: GuestMemory, path: str, data: bytes, header: MultibootHeader) -> tuple[int, int]:
+    """Load a kernel by the addresses in its Multiboot header ("a.out kludge"). Returns (entry, end).
+
+        file:      0 ....... first .... header.offset ............ last ........ end of file
+                             |          |                          |
+        memory:              load_addr  header_addr                load_end_addr ...zeros... bss_end_addr
+
+    An end of 0 stands for the end of the file, or for no zeros.
+    """
+    first = header.offset - (header.header_addr - header.load_addr)
+    last = first + header.load_end_addr - header.load_addr if header.load_end_addr else len(data)
+    size = max(last - first, header.bss_end_addr - header.load_addr)
+    if header.load_addr > header.header_addr or not 0 <= first < last <= len(data):
+        raise LoaderError(f"{path}: the load addresses in the Multiboot header do not fit the file")
+    if not 0 <= header.entry_addr - header.load_addr < size:
+        raise LoaderError(f"{path}: the Multiboot entry point {header.entry_addr:#x} lies outside the kernel")
+    _place(memory, path, header.load_addr, data[first:last], size)
+    return header.entry_addr, header.load_addr + size
+
+
+def _write_multiboot_info(
+    memory: GuestMemory, path: str, command_line: str, modules: list[tuple[int, int, str]]
+) -> None:
+    """Write the boot information (section 3.3), with what it points to behind it.
+
+     0  flags: which of these are valid          44  mmap_length, in bytes
+     4  mem_lower, KiB from 0                    48  mmap_addr
+     8  mem_upper, KiB from 1 MiB                52  drives_length, drives_addr
+    12  boot_device                              60  config_table
+    16  cmdline                                  64  boot_loader_name
+    20  mods_count                               68  apm_table
+    24  mods_addr                                72  VBE and frame buffer, up to 116
+    28  syms, four words
+    """
+    memory_map = _memory_map(memory.size)
+    length, module_length = 116, 16 * len(modules)
+    map_address = MULTIBOOT_INFO + length
+    modules_address = map_address + len(memory_map)
+    name_address = modules_address + module_length
+    strings = LOADER_NAME
+
+    def add_string(text: str) -> int:
+        nonlocal strings
+        address = name_address + len(strings)
+        strings += os.fsencode(text) + b"\0"
+        return address
+
+    command_line_address = add_string(command_line)
+    # A module's words: its first byte, one past its last, a string, 0.
+    module_list = b"".join(struct.pack("<4I", start, end, add_string(name), 0) for start, end, name in modules)
+    if name_address + len(strings) > STACK_LIMIT:
+        raise LoaderError(f"{path}: the command line of {len(command_line)} characters is too long")
+
+    info = bytearray(length)
+    flags = INFO_MEMORY | INFO_COMMAND_LINE | INFO_MODULES | INFO_MEMORY_MAP | INFO_LOADER_NAME
+    struct.pack_into("<3I", info, 0, flags, BASE_MEMORY_END >> 10, (memory.size - ONE_MIB) >> 10)
+    struct.pack_into("<3I", info, 16, command_line_address, len(modules), modules_address)
+    struct.pack_into("<2I", info, 44, len(memory_map), map_address)
+    struct.pack_into("<I", info, 64, name_address)
+    memory.load(MULTIBOOT_INFO, bytes(info) + memory_map + module_list + strings)
+
+
+def _memory_map(size: int) -> bytes:
+    """The memory map in Multiboot's form: per region its own size without this word, base, length, type."""
+    regions = [
+        (0, BASE_MEMORY_END, MEMORY_AVAILABLE),
+        (BASE_MEMORY_END, ONE_MIB, MEMORY_RESERVED),  # video memory, ROMs
+        (ONE_MIB, size, MEMORY_AVAILABLE),
+    ]
+    return b"".join(struct.pack("<IQQI", 20, start, end - start, kind) for start, end, kind in regions if end > start)
+
+
+def _read_file(path: str, limit: int = -1) -> bytes:
+    """The first `limit` bytes of a file, or all; LoaderError names what cannot be read."""
+    try:
+        # Asked before it is opened: to open a named pipe would wait for a writer, to read a device may never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise LoaderError(f"{path}: not a regular file")
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise LoaderError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise LoaderError(f"{path!r} is not a file name") from None
