@@ -34,7 +34,7 @@ import struct
 from dataclasses import dataclass
 from importlib import resources
 from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from mini_bhyve.memory import GuestMemory
@@ -154,7 +154,7 @@ def embedded_guest(name: str) -> bytes:
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
-def load_kernel(memory: GuestMemory, path: str, append: str = "", initrd: Optional[str] = None) -> Start:
+def load_kernel(memory: GuestMemory, path: str, append: str = "", initrd: str | None = None) -> Start:
     """Load the kernel in the file `path`: Multiboot, ELF64, ELF32 or a flat image with a boot signature.
 
     `append` is the command line and `initrd` the file of a module, which only a Multiboot kernel can be given.
@@ -206,26 +206,32 @@ def _load_segments(memory: GuestMemory, path: str, data: bytes) -> tuple[int, in
     A kernel that is linked for the upper half of the address space has virtual addresses that mean nothing until it has
     turned on paging for itself. Its entry point is such an address too, so it is moved along with its segment.
     """
-    # Only here, because importing it takes longer than starting most guests.
+    # Only here, because importing it takes longer than starting most guests. Its ELFFile would read the section headers
+    # too, of which a loader knows nothing: only the layout of the structures is taken from it.
     from elftools.common.exceptions import ELFError
     from elftools.common.utils import struct_parse
-    from elftools.elf.elffile import ELFFile
+    from elftools.elf.structs import ELFStructs
 
+    elf_class = {b"\x01": 32, b"\x02": 64}.get(data[4:5])
+    if elf_class is None:
+        raise LoaderError(f"{path}: damaged ELF file, neither of the 32-bit class nor of the 64-bit class")
+    structs = ELFStructs(little_endian=data[5:6] == b"\x01", elfclass=elf_class)
+    structs.create_basic_structs()
+    stream = BytesIO(data)
     try:
-        elf = ELFFile(BytesIO(data))
+        elf = struct_parse(structs.Elf_Ehdr, stream, 0)
     except ELFError as error:
-        raise LoaderError(f"{path}: damaged ELF file ({error})") from None
-    machine = {32: "EM_386", 64: "EM_X86_64"}[elf.elfclass]
-    if elf["e_machine"] != machine or not elf.little_endian:
-        raise LoaderError(f"{path}: an ELF{elf.elfclass} file, but not for the x86 processor")
+        raise LoaderError(f"{path}: damaged ELF header ({error})") from None
+    if elf["e_machine"] != {32: "EM_386", 64: "EM_X86_64"}[elf_class] or not structs.little_endian:
+        raise LoaderError(f"{path}: an ELF{elf_class} file, but not for the x86 processor")
     if elf["e_type"] != "ET_EXEC":
         raise LoaderError(f"{path}: not linked to fixed addresses (ELF type {elf['e_type']}, expected ET_EXEC)")
 
-    size = elf.structs.Elf_Phdr.sizeof()
-    offset, entry_size, count = elf["e_phoff"], elf["e_phentsize"], elf["e_phnum"]
-    if entry_size < size or offset + count * entry_size > len(data):
+    structs.create_advanced_structs(elf["e_type"], elf["e_machine"], elf["e_ident"]["EI_OSABI"])
+    offset, size, count = elf["e_phoff"], elf["e_phentsize"], elf["e_phnum"]
+    if size < structs.Elf_Phdr.sizeof() or offset + count * size > len(data):
         raise LoaderError(f"{path}: the ELF program headers lie beyond the end of the file")
-    headers = [struct_parse(elf.structs.Elf_Phdr, elf.stream, offset + i * entry_size) for i in range(count)]
+    headers = [struct_parse(structs.Elf_Phdr, stream, offset + i * size) for i in range(count)]
     segments = [header for header in headers if header["p_type"] == "PT_LOAD" and header["p_memsz"]]
     if not segments:
         raise LoaderError(f"{path}: an ELF file with nothing to load")
@@ -239,7 +245,7 @@ def _load_segments(memory: GuestMemory, path: str, data: bytes) -> tuple[int, in
         end = max(end, segment["p_paddr"] + segment["p_memsz"])
     for segment in segments:
         if 0 <= entry - segment["p_vaddr"] < segment["p_memsz"]:
-            return elf.elfclass, entry - segment["p_vaddr"] + segment["p_paddr"], end
+            return elf_class, entry - segment["p_vaddr"] + segment["p_paddr"], end
     raise LoaderError(f"{path}: the entry point {entry:#x} lies in none of the segments")
 
 
@@ -333,7 +339,7 @@ class MultibootHeader(NamedTuple):
     entry_addr: int = 0
 
 
-def find_multiboot_header(data: bytes) -> Optional[MultibootHeader]:
+def find_multiboot_header(data: bytes) -> MultibootHeader | None:
     """Look for the header: three words, at an offset that 4 divides, whose sum is 0 modulo 2**32; None without one."""
     for offset in range(0, min(len(data), MULTIBOOT_SEARCH) - 11, 4):
         magic, flags, checksum = struct.unpack_from("<III", data, offset)
@@ -346,7 +352,7 @@ def find_multiboot_header(data: bytes) -> Optional[MultibootHeader]:
 
 
 def _load_multiboot(
-    memory: GuestMemory, path: str, data: bytes, header: MultibootHeader, append: str, initrd: Optional[str]
+    memory: GuestMemory, path: str, data: bytes, header: MultibootHeader, append: str, initrd: str | None
 ) -> Start:
     """Load a Multiboot kernel and its module, write the boot information, and enter it as section 3.2 says:
 

@@ -128,7 +128,7 @@ def test_the_embedded_guests_can_be_loaded_as_boot_images(memory, name):
 
 @pytest.mark.parametrize("name", ["", "no-such", "../loader", "counter.bin"])
 def test_an_unknown_guest_is_refused_with_the_names_of_those_there_are(name):
-    with pytest.raises(LoaderError, match="no embedded guest.*counter, long64, shell"):
+    with pytest.raises(LoaderError, match=r"no embedded guest .*counter, long64, shell"):
         embedded_guest(name)
 
 
@@ -233,6 +233,15 @@ def test_a_kernel_linked_for_the_upper_half_is_entered_at_its_physical_address(m
     assert at(memory, MIB, 2) == b"\x90\xf4"
 
 
+@pytest.mark.parametrize("table", [(0xFFFFFFFFFFFFFFFF, 64, 1, 0), (1, 0, 0xFFFF, 0xFFFF), (63, 64, 9, 8)])
+def test_section_headers_do_not_matter(memory, file, table):
+    elf = bytearray(make_elf([(MIB, MIB, b"\xf4", 1)], MIB, 64))
+    offset, size, count, names = table
+    struct.pack_into("<Q", elf, 40, offset)
+    struct.pack_into("<HHH", elf, 58, size, count, names)
+    assert load_kernel(memory, file(bytes(elf))).entry == MIB
+
+
 def test_segments_without_memory_and_other_kinds_are_passed_over(memory, file):
     elf = bytearray(make_elf([(MIB, MIB, b"\xf4", 1), (0, 0, b"", 0), (0, 0, b"note", 4)], MIB))
     struct.pack_into("<I", elf, 52 + 2 * 32, PT_NOTE)
@@ -256,6 +265,7 @@ def test_segments_without_memory_and_other_kinds_are_passed_over(memory, file):
         (make_elf([(MIB, GDT_ADDRESS - 1, b"\xf4" * 2, 2)], MIB), "0x8ffff lies on 0x90000-0x9ffff"),
         (b"\x7fELF", "damaged ELF"),
         (b"\x7fELF" + bytes(60), "damaged ELF"),
+        (b"\x7fELF\1\1" + bytes(40), "damaged ELF header"),
     ],
 )
 def test_an_elf_file_that_cannot_be_run_is_refused_with_the_reason(memory, file, elf, why):
