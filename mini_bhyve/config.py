@@ -210,12 +210,19 @@ class Config:
         own_default = variable_named(name).default
         return self._values.get(name, own_default if default is None else default)
 
+    def require(self, name: str) -> str:
+        """The text of a variable. Raises ConfigError if it was not set and has no default."""
+        value = self.get(name)
+        if value is None:
+            raise ConfigError(f"{name} is not set")
+        return value
+
     def get_bool(self, name: str) -> bool:
-        return boolean(self._text(name))
+        return boolean(self.require(name))
 
     def get_number(self, name: str) -> int:
         """A number; a size is in bytes."""
-        return int(variable_named(name).parse(self._text(name)))
+        return int(variable_named(name).parse(self.require(name)))
 
     def disks(self) -> list[Disk]:
         """The disks by rising slot number. Raises ConfigError if a slot is only half described."""
@@ -238,9 +245,3 @@ class Config:
         values.update(self._values)
         del values["config.dump"]
         return "".join(f"{name}={values[name]}\n" for name in sorted(values))
-
-    def _text(self, name: str) -> str:
-        value = self.get(name)
-        if value is None:
-            raise ConfigError(f"{name} is not set")
-        return value
