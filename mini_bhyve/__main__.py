@@ -17,7 +17,8 @@ import signal
 import sys
 import threading
 import traceback
-from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable, NoReturn
 
 from mini_bhyve.config import Config, ConfigError
 from mini_bhyve.console import Console, ConsoleError, open_console
@@ -39,7 +40,7 @@ class Configure(argparse.Action):
         self.apply = apply
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: Optional[str] = None
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: str | None = None
     ) -> None:
         if value is not None:  # the VM's name, when it is left out
             self.apply(namespace.config, value)
@@ -136,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 EXPECTED_ERRORS = (ConfigError, ConsoleError, GuestMemoryError, IpcError, LoaderError, SnapshotError, VmExit)
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the VM that a command line describes. Returns bhyve's exit code."""
     try:
         options = build_parser().parse_args(arguments, argparse.Namespace(config=Config()))
@@ -171,8 +172,8 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 def signals_end(machine: Machine, console: Console) -> Iterator[None]:
     """While this lasts, a thread of its own waits for signals and powers the machine off.
 
-    The signals are blocked everywhere else. A handler would run in the middle of whatever the vCPU's thread is doing, and
-    could not take a lock which that thread may hold at the time.
+    The signals are blocked everywhere else. A handler would run in the middle of whatever the vCPU's thread is doing,
+    and could not take a lock which that thread may hold at the time.
     """
     # One that we were started to ignore (nohup, or `&` in a script) stays ignored. SIGTERM also ends the thread.
     signals = {number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
@@ -210,7 +211,7 @@ def signals_end(machine: Machine, console: Console) -> Iterator[None]:
 # --- The machine ------------------------------------------------------------------------------------------------------
 
 
-def run_vm(config: Config, snapshot_path: Optional[str]) -> int:
+def run_vm(config: Config, snapshot_path: str | None) -> int:
     """Build the VM, run it and clean up after it. Raises EXPECTED_ERRORS and OSError."""
     snapshot = None
     if snapshot_path is not None:

@@ -1,8 +1,8 @@
 """The configuration of a virtual machine: named variables, each with a value that is text.
 
-Mirrors FreeBSD's usr.sbin/bhyve/config.c and the manual page bhyve_config(5). Every option of the command line only sets
-variables; the machine is then built from the variables alone. So `-m 32` and `-o memory.size=32` are the same request,
-and a file of `name=value` lines (option `-k`) can stand for a whole command line:
+Mirrors FreeBSD's usr.sbin/bhyve/config.c and the manual page bhyve_config(5). Every option of the command line only
+sets variables; the machine is then built from the variables alone. So `-m 32` and `-o memory.size=32` are the same
+request, and a file of `name=value` lines (option `-k`) can stand for a whole command line:
 
     # a small machine with one disk
     name=xv6
@@ -13,15 +13,15 @@ and a file of `name=value` lines (option `-k`) can stand for a whole command lin
 The last value given to a variable wins. Dots in a name are a path through a tree: `pci.0.1.0.path` is the image of the
 device on PCI bus 0, slot 1, function 0.
 
-bhyve accepts any variable whatever. Here an unknown name or a value of the wrong kind is refused at once, since a typing
-mistake that passes in silence costs a student an afternoon.
+bhyve accepts any variable whatever. Here an unknown name or a value of the wrong kind is refused at once, since a
+typing mistake that passes in silence costs a student an afternoon.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from typing import Callable, NamedTuple, Optional, Union, overload
+from typing import Callable, NamedTuple, Union, overload
 
 
 class ConfigError(Exception):
@@ -88,7 +88,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 class Variable(NamedTuple):
     parse: Callable[[str], Value]
-    default: Optional[str]
+    default: str | None
     meaning: str
 
 
@@ -127,9 +127,9 @@ SLOT_NAME = re.compile(r"pci\.0\.([12]?[0-9]|3[01])\.0\.(device|path|ro)")
 WITHOUT_MEANING = {
     name: Variable(text, None, "accepted for bhyve's sake, without effect")
     for name in (
-        "acpi_tables", "acpi_tables_in_memory", "cores", "destroy_on_poweroff", "keyboard.layout", "memory.guest_in_core",
-        "memory.wired", "rtc.use_localtime", "sockets", "threads", "uuid", "virtio_msix", "x86.mptable", "x86.strictmsr",
-        "x86.verbosemsr", "x86.vmexit_on_pause", "x86.x2apic",
+        "acpi_tables", "acpi_tables_in_memory", "cores", "destroy_on_poweroff", "keyboard.layout",
+        "memory.guest_in_core", "memory.wired", "rtc.use_localtime", "sockets", "threads", "uuid", "virtio_msix",
+        "x86.mptable", "x86.strictmsr", "x86.verbosemsr", "x86.vmexit_on_pause", "x86.x2apic",
     )
 }  # fmt: skip
 
@@ -200,12 +200,12 @@ class Config:
         return name in self._values
 
     @overload
-    def get(self, name: str) -> Optional[str]: ...
+    def get(self, name: str) -> str | None: ...
 
     @overload
     def get(self, name: str, default: str) -> str: ...
 
-    def get(self, name: str, default: Optional[str] = None) -> Optional[str]:
+    def get(self, name: str, default: str | None = None) -> str | None:
         """The text of a variable: as set, else `default`, else the variable's own default, which may be None."""
         own_default = variable_named(name).default
         return self._values.get(name, own_default if default is None else default)

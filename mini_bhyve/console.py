@@ -28,7 +28,7 @@ import stat
 import sys
 import termios
 import threading
-from typing import Callable, Optional
+from typing import Callable
 
 ESCAPE = 0x01  # Ctrl-A
 
@@ -76,7 +76,7 @@ class Console:
         """All of `data`, waiting as long as it takes, unless `unblock` was called. Raises ConsoleError."""
 
     @property
-    def wait_fd(self) -> Optional[int]:
+    def wait_fd(self) -> int | None:
         """The descriptor that select() finds readable when there is input; None if there will never be any."""
         return None
 
@@ -120,7 +120,7 @@ class DescriptorConsole(Console):
     shell that shares the terminal would find its own reads failing. select() is asked instead.
     """
 
-    def __init__(self, input_fd: Optional[int], output_fd: Optional[int]) -> None:
+    def __init__(self, input_fd: int | None, output_fd: int | None) -> None:
         super().__init__()
         self._input_fd = input_fd
         self._output_fd = output_fd
@@ -140,7 +140,7 @@ class DescriptorConsole(Console):
         return data
 
     @property
-    def wait_fd(self) -> Optional[int]:
+    def wait_fd(self) -> int | None:
         return self._input_fd
 
     def write(self, data: bytes) -> None:
@@ -172,7 +172,7 @@ class RawMode:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._saved: Optional[list] = None
+        self._saved: list | None = None
 
     def in_foreground(self) -> bool:
         """Whether job control lets us use the terminal: in the background a read or a mode change stops the process."""
@@ -209,7 +209,7 @@ class TerminalConsole(DescriptorConsole):
 
     is_terminal = True
 
-    def __init__(self, terminal_fd: int, output_fd: Optional[int]) -> None:
+    def __init__(self, terminal_fd: int, output_fd: int | None) -> None:
         pipe_out, self._pipe_in = os.pipe()
         os.set_blocking(self._pipe_in, False)
         super().__init__(pipe_out, output_fd)
@@ -241,7 +241,7 @@ class TerminalConsole(DescriptorConsole):
         self._raw.enter()
 
     def _terminal_thread(self) -> None:
-        """Carry keys from the terminal to the pipe that `read` reads, until `__exit__` or until the terminal is gone."""
+        """Carry keys from the terminal to the pipe that `read` reads, until `__exit__` or the terminal's end."""
         while True:
             if self._raw.in_foreground():
                 self._raw.enter()
@@ -320,8 +320,8 @@ class SocketConsole(Console):
         """Raises OSError."""
         super().__init__()
         self._path = path
-        self._listener: Optional[socket.socket] = None
-        self._client: Optional[socket.socket] = None
+        self._listener: socket.socket | None = None
+        self._client: socket.socket | None = None
         self._unblocked = False
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -344,7 +344,7 @@ class SocketConsole(Console):
         self._listener.listen(1)
         self._listener.setblocking(False)
 
-    def _plugged_in(self) -> Optional[socket.socket]:
+    def _plugged_in(self) -> socket.socket | None:
         if self._client is None and self._listener is not None:
             with contextlib.suppress(OSError):  # nobody, or a client that has changed its mind
                 self._client = self._listener.accept()[0]
@@ -384,7 +384,7 @@ class SocketConsole(Console):
                 return
 
     @property
-    def wait_fd(self) -> Optional[int]:
+    def wait_fd(self) -> int | None:
         end = self._client or self._listener
         return None if end is None else end.fileno()
 

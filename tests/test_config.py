@@ -44,7 +44,9 @@ def test_a_bare_memory_size_is_in_megabytes_and_suffixes_are_powers_of_1024(conf
     assert config.get_number("memory.size") == octets
 
 
-@pytest.mark.parametrize("written", ["", "0", "M", "-1", "1.5G", "64MB", "64 M", "4K", "1027K", "1_0", "3073", "4G", "9" * 5000, "٣"])
+@pytest.mark.parametrize(
+    "written", ["", "0", "M", "-1", "1.5G", "64MB", "64 M", "4K", "1027K", "1_0", "3073", "4G", "9" * 5000, "٣"]
+)
 def test_a_senseless_memory_size_is_refused_with_its_name(config, written):
     with pytest.raises(ConfigError, match="memory.size must be"):
         config.set("memory.size", written)

@@ -169,7 +169,7 @@ def test_when_the_reader_of_a_pipe_is_gone_the_machine_is_told_once_and_output_i
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_a_full_disk_is_reported_as_an_error_of_the_console():
-    with open_console("/dev/full") as console, pytest.raises(ConsoleError, match="cannot write to the console: No space"):
+    with open_console("/dev/full") as console, pytest.raises(ConsoleError, match="cannot write to the console: No sp"):
         console.write(b"x")
 
 
