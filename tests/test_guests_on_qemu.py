@@ -183,11 +183,11 @@ def test_long64_reaches_long_mode_with_four_level_paging(tmp_path):
     assert lines[1] == "long64: CS.L = 1, EFER.LMA = 1"
     a, b = 0x0123456789ABCDEF, 0xFEDCBA9876543210
     assert lines[2] == f"long64: {a:016x} * {b:016x} = {a * b:032x}"
-    frames = [re.fullmatch("long64: 4 KB frame ([0-9a-f]{16}) holds ([0-9a-f]{16})", line) for line in lines[3:7]]
-    first = int(frames[0][1], 16)
+    frames = re.findall(r"long64: 4 KB frame ([0-9a-f]{16}) holds ([0-9a-f]{16})\n", "\n".join(lines[3:8]))
+    first = int(frames[0][0], 16)
     assert first % 4096 == 0
-    assert [int(frame[1], 16) for frame in frames] == [first + 4096 * i for i in range(4)]
-    assert [int(frame[2], 16) for frame in frames] == [0xFFFF800000000000 + 4096 * (3 - i) for i in range(4)]
+    assert [int(frame, 16) for frame, _ in frames] == [first + 4096 * i for i in range(4)]
+    assert [int(content, 16) for _, content in frames] == [0xFFFF800000000000 + 4096 * (3 - i) for i in range(4)]
     assert lines[7:] == ["long64: halted"]
 
 
