@@ -1,0 +1,34 @@
+"""Names of the bits in control registers, and numbers of model-specific registers.
+
+Mirrors Intel SDM vol. 3A, 2.5 (Control Registers), 2.2.1 (EFER), vol. 4 (Model-Specific Registers). EFLAGS is in `flags.py`.
+"""
+
+# CR0
+CR0_PE = 1 << 0  # protected mode
+CR0_MP, CR0_EM, CR0_TS = 1 << 1, 1 << 2, 1 << 3  # x87: monitor, emulate, task switched
+CR0_ET = 1 << 4  # always 1
+CR0_NE = 1 << 5
+CR0_WP = 1 << 16  # the supervisor, too, heeds R/W = 0
+CR0_AM = 1 << 18
+CR0_NW, CR0_CD = 1 << 29, 1 << 30  # caching
+CR0_PG = 1 << 31  # paging
+CR0_DEFINED = CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG
+
+# CR4
+CR4_TSD = 1 << 2  # RDTSC for the supervisor only
+CR4_PSE = 1 << 4  # 4-MByte pages
+CR4_PAE = 1 << 5  # entries of 8 bytes
+CR4_PGE = 1 << 7  # global pages
+
+# EFER
+EFER_LME = 1 << 8  # long mode wanted
+EFER_LMA = 1 << 10  # long mode active: wanted, and paging is on
+EFER_NXE = 1 << 11  # execute disable
+
+# DR6, DR7
+DR6_AFTER_RESET, DR7_AFTER_RESET = 0xFFFF0FF0, 0x400
+DR7_ENABLE_BITS = 0xFF
+
+MSR_TSC = 0x10
+MSR_EFER = 0xC0000080
+MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE = 0xC0000100, 0xC0000101, 0xC0000102
