@@ -1,0 +1,186 @@
+"""EFLAGS, lazily: what set the arithmetic flags is kept, and a flag is computed when somebody asks for it.
+
+Mirrors Intel SDM vol. 1, 3.4.3 (EFLAGS Register) and appendix B (EFLAGS Condition Codes).
+
+    21   20  19   18  17  16      14 13-12  11  10   9   8   7   6       4       2       0
+    ID  VIP VIF   AC  VM  RF      NT  IOPL  OF  DF  IF  TF  SF  ZF      AF      PF      CF
+
+Most instructions set all six arithmetic flags (OF SF ZF AF PF CF), and most of those are overwritten before they are
+read. So an instruction leaves behind a *source*, the tuple
+
+    (kind, a, b, result, width)
+
+and the functions below work a flag out of it. `a` and `b` are the operands and `result` what came out, all three unsigned
+and already cut to `width` bits. What `kind` says about them:
+
+    kind      a              b           used by
+    EXPLICIT  EFLAGS bits    -           POPF, SAHF, rotates ...: the flags themselves, as they stand in EFLAGS
+    ADD, SUB  left operand   right       ADD, XADD; SUB, CMP, NEG, CMPXCHG, SCAS, CMPS
+    ADC, SBB  left operand   right       with a carry coming in, so that result < a no longer tells the carry going out
+    LOGIC     -              -           AND, OR, XOR, TEST: CF and OF are 0
+    INC, DEC  old CF         -           they leave CF alone
+    SHIFT     new CF         new OF      shifts and multiplications, which know these two only as they go
+
+The functions branch on `kind` and `width` only, and use nothing but operators on the rest: they work on numbers and
+equally on symbols that stand for numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, Tuple
+
+CF, PF, AF, ZF, SF, TF, IF, DF, OF = (1 << bit for bit in (0, 2, 4, 6, 7, 8, 9, 10, 11))
+IOPL = 3 << 12
+NT, RF, VM, AC, VIF, VIP, ID = (1 << bit for bit in (14, 16, 17, 18, 19, 20, 21))
+ALWAYS_ONE = 1 << 1
+ARITHMETIC = OF | SF | ZF | AF | PF | CF
+SYSTEM = TF | IF | DF | IOPL | NT | RF | VM | AC | VIF | VIP | ID
+
+EXPLICIT, ADD, SUB, ADC, SBB, LOGIC, INC, DEC, SHIFT = range(9)
+
+FlagSource = Tuple[int, int, int, int, int]
+
+# PF looks at the low byte only: 1 where the number of set bits is even.
+EVEN_PARITY = tuple(bin(byte).count("1") % 2 == 0 for byte in range(256))
+
+
+def zero(kind, a, b, result, width):
+    """ZF: the result is zero."""
+    if kind == EXPLICIT:
+        return a & ZF != 0
+    return result == 0
+
+
+def sign(kind, a, b, result, width):
+    """SF: the top bit of the result."""
+    if kind == EXPLICIT:
+        return a & SF != 0
+    return result >> (width - 1) != 0
+
+
+def parity(kind, a, b, result, width):
+    """PF: the low byte of the result has an even number of ones."""
+    if kind == EXPLICIT:
+        return a & PF != 0
+    return EVEN_PARITY[result & 0xFF]
+
+
+def carry(kind, a, b, result, width):
+    """CF: the unsigned result did not fit."""
+    if kind == SUB:
+        return a < b
+    if kind == ADD:
+        return result < a
+    if kind == LOGIC:
+        return False
+    if kind == INC or kind == DEC or kind == SHIFT:
+        return a != 0
+    if kind == EXPLICIT:
+        return a & CF != 0
+    # With a carry coming in, the carry out of the top bit is a majority vote of its two operands and the carry into it.
+    top = width - 1
+    if kind == ADC:
+        return ((a & b) | ((a | b) & ~result)) >> top & 1 != 0
+    return ((~a & b) | ((~a | b) & result)) >> top & 1 != 0
+
+
+def overflow(kind, a, b, result, width):
+    """OF: the signed result did not fit."""
+    if kind == SUB or kind == SBB:
+        # Operands of different sign, and the result's sign is not the first one's.
+        return ((a ^ b) & (a ^ result)) >> (width - 1) != 0
+    if kind == ADD or kind == ADC:
+        # Operands of one sign, and the result has the other.
+        return ((a ^ result) & (b ^ result)) >> (width - 1) != 0
+    if kind == LOGIC:
+        return False
+    if kind == SHIFT:
+        return b != 0
+    if kind == INC:
+        return result == 1 << (width - 1)
+    if kind == DEC:
+        return result == (1 << (width - 1)) - 1
+    return a & OF != 0
+
+
+def adjust(kind, a, b, result, width):
+    """AF: a carry out of bit 3, for decimal arithmetic. (The manual leaves it undefined after logic and shifts: here, 0.)"""
+    if kind == EXPLICIT:
+        return a & AF != 0
+    if kind == INC:
+        return result & 0xF == 0
+    if kind == DEC:
+        return result & 0xF == 0xF
+    if kind == LOGIC or kind == SHIFT:
+        return False
+    return (a ^ b ^ result) & 0x10 != 0
+
+
+def arithmetic_flags(source: FlagSource) -> int:
+    """The six arithmetic flags at their places in EFLAGS."""
+    return (
+        carry(*source) * CF
+        | parity(*source) * PF
+        | adjust(*source) * AF
+        | zero(*source) * ZF
+        | sign(*source) * SF
+        | overflow(*source) * OF
+    )
+
+
+# --- Conditions (SDM vol. 1, appendix B) ----------------------------------------------------------------------------------
+#
+# Each is a function of a flag source. After SUB and CMP, by far the most common source, a comparison of the operands says
+# it directly; otherwise it follows from the flags.
+
+
+def below_or_equal(kind, a, b, result, width):
+    """CF or ZF: unsigned a <= b."""
+    if kind == SUB:
+        return a <= b
+    return carry(kind, a, b, result, width) | zero(kind, a, b, result, width)
+
+
+def less(kind, a, b, result, width):
+    """SF differs from OF: signed a < b."""
+    if kind == SUB:
+        # Turning the sign bit over maps signed order onto unsigned order.
+        top = 1 << (width - 1)
+        return a ^ top < b ^ top
+    return sign(kind, a, b, result, width) ^ overflow(kind, a, b, result, width)
+
+
+def less_or_equal(kind, a, b, result, width):
+    """ZF, or SF differs from OF: signed a <= b."""
+    if kind == SUB:
+        top = 1 << (width - 1)
+        return a ^ top <= b ^ top
+    return zero(kind, a, b, result, width) | less(kind, a, b, result, width)
+
+
+def _not(condition: Callable) -> Callable:
+    def negated(kind, a, b, result, width):
+        return condition(kind, a, b, result, width) ^ True
+
+    negated.__doc__ = f"Not: {condition.__doc__}"
+    return negated
+
+
+def not_zero(kind, a, b, result, width):
+    """Not ZF. Written out, for it ends most loops."""
+    if kind == EXPLICIT:
+        return a & ZF == 0
+    return result != 0
+
+
+# The condition's name in a mnemonic (jo, setb, cmovle ...); synonyms are what the disassembler calls them.
+CONDITIONS: Dict[str, Callable] = {
+    "o": overflow, "no": _not(overflow),
+    "b": carry, "ae": _not(carry),
+    "e": zero, "ne": not_zero,
+    "be": below_or_equal, "a": _not(below_or_equal),
+    "s": sign, "ns": _not(sign),
+    "p": parity, "np": _not(parity),
+    "l": less, "ge": _not(less),
+    "le": less_or_equal, "g": _not(less_or_equal),
+}  # fmt: skip
