@@ -1,0 +1,344 @@
+"""Operands: what an instruction reads and writes, chosen once when it is decoded.
+
+Mirrors Intel SDM vol. 1, 3.7 (Operand Addressing). Every operand has
+
+    width      its size in bits
+    mask       a number with that many ones
+    read()     its value, unsigned
+    write(v)   store a value that is already cut to `mask`
+
+and memory has `address()` as well, the offset that LEA takes. Which class an operand gets is settled at decode time, by
+what the mode says, so that read() and write() have nothing left to decide:
+
+    Register         a whole register: 64 bits in 64-bit mode, 32 elsewhere
+    LowDoubleword    EAX in 64-bit mode: a write clears bits 63-32 (vol. 1, 3.4.1.1)
+    LowWord, LowByte, HighByte          AX, AL, AH: a write leaves the other bits alone
+    Immediate        a constant in the instruction
+    FlatMemory8 ...  memory where segmentation adds and checks nothing: the common case by far
+    SegmentedMemory  memory with a base to add and a limit to check
+    SegmentRegister, ControlRegister, DebugRegister
+
+The general registers lie in `cpu.regs` in encoding order, RAX RCX RDX RBX RSP RBP RSI RDI R8 ... R15, and behind them a
+slot that is always 0. x86 has no zero register, but with one every address has the same form:
+
+    base + index * scale + displacement
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, List
+
+from mini_bhyve.faults import undefined_opcode
+
+if TYPE_CHECKING:
+    from mini_bhyve.cpu import Cpu
+
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+ZERO = 16
+
+MASKS = {8: 0xFF, 16: 0xFFFF, 32: 0xFFFFFFFF, 48: (1 << 48) - 1, 64: (1 << 64) - 1, 80: (1 << 80) - 1}
+
+
+class Operand:
+    """What all kinds share."""
+
+    __slots__ = ("mask", "width")
+
+    def __init__(self, width: int):
+        self.width = width
+        self.mask = MASKS[width]
+
+    def read(self) -> int:
+        raise NotImplementedError
+
+    def write(self, value: int) -> None:
+        raise NotImplementedError
+
+
+# --- Registers and constants ------------------------------------------------------------------------------------------------
+
+
+class Register(Operand):
+    """A whole register, and what the narrower views below share."""
+
+    __slots__ = ("index", "regs")
+
+    def __init__(self, regs: List[int], index: int, width: int):
+        super().__init__(width)
+        self.regs = regs
+        self.index = index
+
+    def read(self):
+        return self.regs[self.index]
+
+    def write(self, value):
+        self.regs[self.index] = value
+
+
+class LowDoubleword(Register):
+    __slots__ = ()
+
+    def read(self):
+        return self.regs[self.index] & 0xFFFFFFFF
+
+
+class LowWord(Register):
+    __slots__ = ()
+
+    def read(self):
+        return self.regs[self.index] & 0xFFFF
+
+    def write(self, value):
+        self.regs[self.index] = self.regs[self.index] & ~0xFFFF | value
+
+
+class LowByte(Register):
+    __slots__ = ()
+
+    def read(self):
+        return self.regs[self.index] & 0xFF
+
+    def write(self, value):
+        self.regs[self.index] = self.regs[self.index] & ~0xFF | value
+
+
+class HighByte(Register):
+    """AH, CH, DH, BH: bits 15-8 of the first four registers."""
+
+    __slots__ = ()
+
+    def read(self):
+        return self.regs[self.index] >> 8 & 0xFF
+
+    def write(self, value):
+        self.regs[self.index] = self.regs[self.index] & ~0xFF00 | value << 8
+
+
+def general_register(regs: List[int], index: int, width: int, code_size: int) -> Register:
+    """The operand for the low `width` bits of a general register, in code of that size."""
+    if width == 8:
+        return LowByte(regs, index, 8)
+    if width == 16:
+        return LowWord(regs, index, 16)
+    # Outside 64-bit mode the registers hold 32 bits and nothing above them.
+    kind = LowDoubleword if width == 32 and code_size == 64 else Register
+    return kind(regs, index, width)
+
+
+class Immediate(Operand):
+    """A constant, sign-extended by the decoder and cut to `width` here; also the target of a relative jump."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int, width: int):
+        super().__init__(width)
+        self.value = value & self.mask
+
+    def read(self):
+        return self.value
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------------
+
+
+class Memory(Operand):
+    """A memory operand: the parts of its address, and how to put them together.
+
+    `address_mask` cuts the sum to the address size. `segment` is the index of the segment register it goes through.
+    """
+
+    __slots__ = ("address_mask", "base", "cpu", "displacement", "index", "regs", "scale", "segment")
+
+    def __init__(
+        self, cpu: "Cpu", width: int, segment: int, base: int, index: int, scale: int, displacement: int, address_width: int
+    ):
+        super().__init__(width)
+        self.cpu = cpu
+        self.regs = cpu.regs
+        self.segment = segment
+        self.base = base
+        self.index = index
+        self.scale = scale
+        self.displacement = displacement
+        self.address_mask = MASKS[address_width]
+
+    def address(self):
+        """The offset within the segment: what LEA computes."""
+        regs = self.regs
+        return (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+
+    def at(self, distance: int, width: int) -> "Memory":
+        """The memory operand `distance` bytes further on, for instructions that take two values from one place."""
+        return type(self).for_width(width)(
+            self.cpu, width, self.segment, self.base, self.index, self.scale, self.displacement + distance,
+            self.address_mask.bit_length(),
+        )  # fmt: skip
+
+    @classmethod
+    def for_width(cls, width: int) -> "type[Memory]":
+        """The class of the same kind for another width."""
+        return cls
+
+
+class SegmentedMemory(Memory):
+    """Memory through a segment that is not flat: its limit and rights are checked, its base added."""
+
+    __slots__ = ()
+
+    def read(self):
+        return self.cpu.load_segment_memory(self.segment, self.address(), self.width)
+
+    def write(self, value):
+        self.cpu.store_segment_memory(self.segment, self.address(), value, self.width)
+
+
+class FlatMemory(Memory):
+    """Memory in a flat segment: the offset is the linear address.
+
+    The classes for the common widths try the TLB in place: if the page is there and the address is a multiple of the
+    size, the value is one index away. Everything else goes to cpu.load and cpu.store.
+    """
+
+    __slots__ = ()
+
+    def read(self):
+        return self.cpu.load(self.address(), self.width)
+
+    def write(self, value):
+        self.cpu.store(self.address(), value, self.width)
+
+    @classmethod
+    def for_width(cls, width: int) -> "type[Memory]":
+        return {8: FlatMemory8, 16: FlatMemory16, 32: FlatMemory32}.get(width, FlatMemory)
+
+
+class FlatMemory8(FlatMemory):
+    __slots__ = ()
+
+    def read(self):
+        cpu, regs = self.cpu, self.regs
+        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+        try:
+            return cpu.bytes8[cpu.read_tlb[address >> 12] + address]
+        except KeyError:
+            return cpu.load(address, 8)
+
+    def write(self, value):
+        cpu, regs = self.cpu, self.regs
+        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+        try:
+            cpu.bytes8[cpu.write_tlb[address >> 12] + address] = value
+        except KeyError:
+            cpu.store(address, value, 8)
+
+
+class FlatMemory16(FlatMemory):
+    __slots__ = ()
+
+    def read(self):
+        cpu, regs = self.cpu, self.regs
+        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+        if address & 1:
+            return cpu.load(address, 16)
+        try:
+            return cpu.words16[(cpu.read_tlb[address >> 12] + address) >> 1]
+        except KeyError:
+            return cpu.load(address, 16)
+
+    def write(self, value):
+        cpu, regs = self.cpu, self.regs
+        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+        if address & 1:
+            cpu.store(address, value, 16)
+            return
+        try:
+            cpu.words16[(cpu.write_tlb[address >> 12] + address) >> 1] = value
+        except KeyError:
+            cpu.store(address, value, 16)
+
+
+class FlatMemory32(FlatMemory):
+    __slots__ = ()
+
+    def read(self):
+        cpu, regs = self.cpu, self.regs
+        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+        if address & 3:
+            return cpu.load(address, 32)
+        try:
+            return cpu.words32[(cpu.read_tlb[address >> 12] + address) >> 2]
+        except KeyError:
+            return cpu.load(address, 32)
+
+    def write(self, value):
+        cpu, regs = self.cpu, self.regs
+        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+        if address & 3:
+            cpu.store(address, value, 32)
+            return
+        try:
+            cpu.words32[(cpu.write_tlb[address >> 12] + address) >> 2] = value
+        except KeyError:
+            cpu.store(address, value, 32)
+
+
+# --- Special registers ------------------------------------------------------------------------------------------------------
+
+
+class SpecialRegister(Operand):
+    """A register whose change has consequences."""
+
+    __slots__ = ()
+
+
+class SegmentRegister(SpecialRegister):
+    """ES, CS, SS, DS, FS or GS: reads as the selector, and a write loads the descriptor with all its checks."""
+
+    __slots__ = ("cpu", "index")
+
+    def __init__(self, cpu: "Cpu", index: int):
+        super().__init__(16)
+        self.cpu = cpu
+        self.index = index
+
+    def read(self):
+        return self.cpu.segments[self.index].selector
+
+    def write(self, value):
+        self.cpu.load_segment(self.index, value & 0xFFFF)
+
+
+class ControlRegister(SpecialRegister):
+    """CR0, CR2, CR3, CR4 or CR8."""
+
+    __slots__ = ("cpu", "number")
+
+    def __init__(self, cpu: "Cpu", number: int, width: int):
+        super().__init__(width)
+        self.cpu = cpu
+        self.number = number
+
+    def read(self):
+        return self.cpu.read_control_register(self.number)
+
+    def write(self, value):
+        self.cpu.write_control_register(self.number, value)
+
+
+class DebugRegister(SpecialRegister):
+    """DR0 to DR7; 4 and 5 are other names of 6 and 7 (SDM vol. 3B, 17.2.2)."""
+
+    __slots__ = ("cpu", "number")
+
+    def __init__(self, cpu: "Cpu", number: int, width: int):
+        super().__init__(width)
+        self.cpu = cpu
+        self.number = number + 2 if number in (4, 5) else number
+        if number > 7:
+            raise undefined_opcode()
+
+    def read(self):
+        return self.cpu.read_debug_register(self.number)
+
+    def write(self, value):
+        self.cpu.write_debug_register(self.number, value)
