@@ -1,0 +1,194 @@
+"""Control transfer (Intel SDM vol. 1, 5.1.7; the checks of far transfers are in vol. 3A, 5.8)."""
+
+from __future__ import annotations
+
+from mini_bhyve import flags as fl
+from mini_bhyve import interrupts
+from mini_bhyve import segmentation as seg
+from mini_bhyve.faults import BP, BR, OF, GuestFault, Unsupported, general_protection, undefined_opcode
+from mini_bhyve.instructions.definition import instruction, signed
+from mini_bhyve.operands import RCX, RSP, Memory
+
+
+@instruction("jmp", ends_block=True)
+def jmp(cpu, target):
+    cpu.branch(True, target.read())
+
+
+def _define_jump(condition_name, condition):
+    @instruction(f"j{condition_name}", ends_block=True)
+    def jcc(cpu, target):
+        """Jcc: jump if the condition holds."""
+        cpu.branch(condition(*cpu.flags), target.read())
+
+
+for _name, _condition in fl.CONDITIONS.items():
+    _define_jump(_name, _condition)
+
+
+@instruction("call", encoded=True, ends_block=True)
+def call(cpu, encoding, target):
+    destination = target.read()
+    cpu.push(encoding.next_ip, encoding.stack_width)
+    cpu.branch(True, destination)
+
+
+@instruction("ret", encoded=True, ends_block=True)
+def ret(cpu, encoding, released=None):
+    """RET: to the address on the stack; `released` bytes of arguments above it go as well."""
+    cpu.branch(True, cpu.pop(encoding.stack_width))
+    if released is not None:
+        cpu.move_stack_pointer(released.read())
+
+
+# --- Loops --------------------------------------------------------------------------------------------------------------------
+
+
+def _count_register(cpu, width):
+    """CX, ECX or RCX: the counter is as wide as addresses are."""
+    return cpu.regs[RCX] & (1 << width) - 1
+
+
+def _define_loop(name, goes_on):
+    @instruction(name, encoded=True, ends_block=True)
+    def loop(cpu, encoding, target):
+        """LOOPcc: count down, and jump unless the counter is zero (and ZF is as asked for)."""
+        width = encoding.address_width
+        mask = (1 << width) - 1
+        count = (cpu.regs[RCX] - 1) & mask
+        keep = cpu.regs[RCX] & ~mask if width == 16 else 0
+        cpu.regs[RCX] = keep | count
+        cpu.branch((count != 0) & goes_on(cpu), target.read())
+
+
+_define_loop("loop", lambda cpu: True)
+_define_loop("loope", lambda cpu: fl.zero(*cpu.flags))
+_define_loop("loopne", lambda cpu: fl.not_zero(*cpu.flags))
+
+
+@instruction("jcxz", "jecxz", "jrcxz", encoded=True, ends_block=True)
+def jcxz(cpu, encoding, target):
+    cpu.branch(_count_register(cpu, encoding.address_width) == 0, target.read())
+
+
+# --- Far transfers ------------------------------------------------------------------------------------------------------------
+
+
+def _far_pointer(encoding, operands):
+    """Selector and offset, from the instruction itself or from memory, where the offset comes first."""
+    if len(operands) == 2:
+        selector, offset = operands
+        return selector.read(), offset.read() & (1 << encoding.operand_width) - 1
+    (pointer,) = operands
+    if not isinstance(pointer, Memory):
+        raise undefined_opcode()
+    offset = pointer.at(0, encoding.operand_width).read()
+    return pointer.at(encoding.operand_width // 8, 16).read(), offset
+
+
+def _direct_code_segment(cpu, selector, descriptor):
+    """The checks for a code segment reached without a gate: the privilege level cannot change."""
+    requested = selector & 3
+    if descriptor.access & seg.CONFORMING:
+        wrong = descriptor.dpl > cpu.cpl
+    else:
+        wrong = requested > cpu.cpl or descriptor.dpl != cpu.cpl
+    if wrong:
+        raise general_protection(selector & ~3)
+    return seg.code_segment(cpu, selector, descriptor, cpu.cpl)
+
+
+def _far_destination(cpu, selector, offset):
+    """The code segment that a far JMP or CALL names, checked; gates and task switches are refused in words."""
+    if seg.is_null(selector):
+        raise general_protection()
+    descriptor = seg.read_descriptor(cpu, selector)
+    if descriptor.is_system:
+        raise Unsupported(f"far transfer at {cpu.where()} through a gate or TSS, selector {selector:#x}")
+    if not descriptor.is_code:
+        raise general_protection(selector & ~3)
+    segment = _direct_code_segment(cpu, selector, descriptor)
+    if not (cpu.long_mode and segment.access & seg.LONG) and offset > segment.last:
+        raise general_protection()
+    return segment
+
+
+def _real_code_segment(cpu, selector):
+    old = cpu.segments[seg.CS]
+    return seg.Segment(selector, selector << 4, old.limit, old.access)
+
+
+@instruction("ljmp", encoded=True, ends_block=True, data_decides=True)
+def ljmp(cpu, encoding, *operands):
+    """JMP far: a new code segment and offset."""
+    selector, offset = _far_pointer(encoding, operands)
+    if cpu.protected_mode:
+        segment = _far_destination(cpu, selector, offset)
+    else:
+        segment = _real_code_segment(cpu, selector)
+    cpu.set_code_segment(segment, cpu.cpl)
+    cpu.branch(True, offset)
+
+
+@instruction("lcall", encoded=True, ends_block=True, data_decides=True)
+def lcall(cpu, encoding, *operands):
+    """CALL far: as JMP far, with CS and the instruction pointer pushed."""
+    selector, offset = _far_pointer(encoding, operands)
+    if cpu.protected_mode:
+        segment = _far_destination(cpu, selector, offset)
+    else:
+        segment = _real_code_segment(cpu, selector)
+    stack = interrupts.NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP], cpu.cpl)
+    stack.push(cpu.segments[seg.CS].selector, encoding.operand_width)
+    stack.push(encoding.next_ip, encoding.operand_width)
+    stack.commit()
+    cpu.set_code_segment(segment, cpu.cpl)
+    cpu.branch(True, offset)
+
+
+@instruction("retf", "retfq", encoded=True, ends_block=True, data_decides=True)
+def retf(cpu, encoding, released=None):
+    interrupts.far_return(cpu, encoding.operand_width, released.read() if released else 0)
+
+
+# --- Interrupts from the program ------------------------------------------------------------------------------------------------
+
+
+@instruction("int", ends_block=True, data_decides=True)
+def int_(cpu, vector):
+    interrupts.deliver(cpu, vector.read(), None, software=True)
+
+
+@instruction("int3", ends_block=True, data_decides=True)
+def int3(cpu):
+    interrupts.deliver(cpu, BP, None, software=True)
+
+
+@instruction("into", ends_block=True, data_decides=True)
+def into(cpu):
+    """INTO: an overflow exception if OF is set."""
+    if fl.overflow(*cpu.flags):
+        interrupts.deliver(cpu, OF, None, software=True)
+
+
+@instruction("bound", data_decides=True)
+def bound(cpu, index, limits):
+    """BOUND: #BR unless lower <= index <= upper, all signed; the two limits lie side by side in memory."""
+    width = index.width
+    lower = signed(limits.at(0, width).read(), width)
+    upper = signed(limits.at(width // 8, width).read(), width)
+    if not lower <= signed(index.read(), width) <= upper:
+        raise GuestFault(BR)
+
+
+@instruction("iret", "iretd", "iretq", encoded=True, ends_block=True, data_decides=True)
+def iret(cpu, encoding):
+    """IRET: back from a handler. It also lets the next NMI in (SDM vol. 3A, 6.7.1)."""
+    interrupts.interrupt_return(cpu, encoding.operand_width)
+    cpu.nmi_blocked = False
+    cpu.attention = True
+
+
+@instruction("ud2", "ud0", "ud1")
+def ud2(cpu, *operands):
+    raise undefined_opcode()

@@ -1,0 +1,236 @@
+"""Data transfer (Intel SDM vol. 1, 5.1.1): moves, exchanges, the stack, conversions. None of them changes the flags, but
+CMPXCHG, CMPXCHG8B and XADD.
+"""
+
+from __future__ import annotations
+
+from mini_bhyve.faults import undefined_opcode
+from mini_bhyve.flags import ADD, CONDITIONS, EXPLICIT, SUB, ZF, arithmetic_flags
+from mini_bhyve.instructions.definition import choose, instruction, sign_extend
+from mini_bhyve.operands import RAX, RBP, RBX, RCX, RDX, RSP, Memory, SegmentRegister
+from mini_bhyve.segmentation import CS, SS_
+
+
+@instruction("mov", "movabs")
+def mov(cpu, dst, src):
+    """MOV. To CS it is not allowed; to SS it keeps interrupts away from the instruction that will set the pointer."""
+    if isinstance(dst, SegmentRegister):
+        if dst.index == CS:
+            raise undefined_opcode()
+        dst.write(src.read())
+        if dst.index == SS_:
+            cpu.shadow_interrupts()
+    elif isinstance(src, SegmentRegister) and isinstance(dst, Memory):
+        # The whole register if the destination is one, but never more than 16 bits of memory.
+        dst.at(0, 16).write(src.read())
+    else:
+        dst.write(src.read())
+
+
+@instruction("movzx")
+def movzx(cpu, dst, src):
+    dst.write(src.read())
+
+
+@instruction("movsx", "movsxd")
+def movsx(cpu, dst, src):
+    dst.write(sign_extend(src.read(), src.width, dst.width))
+
+
+def _define_cmov(condition_name, condition):
+    @instruction(f"cmov{condition_name}")
+    def cmov(cpu, dst, src):
+        """CMOVcc reads its source, and writes its destination, whether the condition holds or not."""
+        value = src.read()
+        dst.write(choose(condition(*cpu.flags), value, dst.read()))
+
+
+for _name, _condition in CONDITIONS.items():
+    _define_cmov(_name, _condition)
+
+
+@instruction("xchg")
+def xchg(cpu, dst, src):
+    a, b = dst.read(), src.read()
+    if isinstance(src, Memory):  # the operand that may fault is written first
+        src.write(a)
+        dst.write(b)
+    else:
+        dst.write(b)
+        src.write(a)
+
+
+@instruction("bswap")
+def bswap(cpu, dst):
+    """BSWAP reverses the bytes. Of a 16-bit register the result is undefined: it becomes zero, as on real processors."""
+    value = dst.read()
+    if dst.width == 16:
+        dst.write(0)
+        return
+    result = 0
+    for byte in range(dst.width // 8):
+        result = result | (value >> byte * 8 & 0xFF) << (dst.width - 8 - byte * 8)
+    dst.write(result)
+
+
+@instruction("xadd")
+def xadd(cpu, dst, src):
+    a, b = dst.read(), src.read()
+    result = (a + b) & dst.mask
+    if isinstance(dst, Memory):
+        dst.write(result)
+        src.write(a)
+    else:
+        src.write(a)
+        dst.write(result)
+    cpu.flags = (ADD, a, b, result, dst.width)
+
+
+@instruction("cmpxchg", data_decides=True)
+def cmpxchg(cpu, dst, src):
+    """CMPXCHG: if the accumulator equals the destination, store the source there, else load the accumulator from it.
+
+    Memory is written in both cases, with its old value if they differ.
+    """
+    accumulator = cpu.accumulator(dst.width)
+    expected, old = accumulator.read(), dst.read()
+    if expected == old:
+        dst.write(src.read())
+    else:
+        if isinstance(dst, Memory):
+            dst.write(old)
+        accumulator.write(old)
+    cpu.flags = (SUB, expected, old, (expected - old) & dst.mask, dst.width)
+
+
+@instruction("cmpxchg8b", "cmpxchg16b", data_decides=True)
+def cmpxchg8b(cpu, dst):
+    """CMPXCHG8B and 16B: as CMPXCHG, for a pair of registers: EDX:EAX against memory, ECX:EBX the new value."""
+    half = 32 if dst.width == 64 else 64
+    mask = (1 << half) - 1
+    low, high = dst.at(0, half), dst.at(half // 8, half)
+    regs = cpu.regs
+    old_low, old_high = low.read(), high.read()
+    equal = (old_low, old_high) == (regs[RAX] & mask, regs[RDX] & mask)
+    # Memory is written either way: first the half that a page boundary may put out of reach.
+    high.write(regs[RCX] & mask if equal else old_high)
+    low.write(regs[RBX] & mask if equal else old_low)
+    if not equal:
+        regs[RAX], regs[RDX] = old_low, old_high
+    flags = arithmetic_flags(cpu.flags) & ~ZF | (ZF if equal else 0)
+    cpu.flags = (EXPLICIT, flags, 0, 0, 32)
+
+
+# --- The stack --------------------------------------------------------------------------------------------------------------
+
+
+@instruction("push", encoded=True)
+def push(cpu, encoding, src):
+    """PUSH. A segment register or a constant takes a whole slot of the stack; PUSH ESP pushes the value from before."""
+    cpu.push(src.read(), encoding.stack_width)
+
+
+@instruction("pop", encoded=True)
+def pop(cpu, encoding, dst):
+    """POP. An address in the destination that uses ESP means ESP after the pop (SDM vol. 2B, POP)."""
+    width = encoding.stack_width
+    value = cpu.peek(0, width)
+    if isinstance(dst, SegmentRegister):
+        dst.write(value & 0xFFFF)
+        cpu.move_stack_pointer(width // 8)
+        if dst.index == SS_:
+            cpu.shadow_interrupts()
+    elif isinstance(dst, Memory):
+        # The store may fault, so it comes before the change of ESP, with the address adjusted for that.
+        target = dst.at(width // 8, width) if dst.base == RSP else dst
+        target.write(value)
+        cpu.move_stack_pointer(width // 8)
+    else:
+        cpu.move_stack_pointer(width // 8)
+        dst.write(value)
+
+
+@instruction("pushaw", "pushal", encoded=True)
+def pusha(cpu, encoding):
+    """PUSHA: the eight general registers, ESP as it was before. The lowest slot is tried first, lest half be pushed."""
+    width = encoding.operand_width
+    values = [value & (1 << width) - 1 for value in cpu.regs[:8]]
+    top = cpu.regs[RSP]
+    for slot in reversed(range(8)):
+        offset = (top - (slot + 1) * width // 8) & cpu.stack_mask
+        cpu.store_stack(offset, values[slot], width)
+    cpu.move_stack_pointer(-8 * width // 8)
+
+
+@instruction("popaw", "popal", encoded=True)
+def popa(cpu, encoding):
+    """POPA: seven registers from the stack; the slot of ESP is skipped."""
+    width = encoding.operand_width
+    values = [cpu.peek(slot * width // 8, width) for slot in range(8)]
+    cpu.move_stack_pointer(8 * width // 8)
+    for index, value in enumerate(reversed(values)):
+        if index != RSP:
+            mask = (1 << width) - 1
+            cpu.regs[index] = cpu.regs[index] & ~mask | value
+
+
+@instruction("enter", data_decides=True, encoded=True)
+def enter(cpu, encoding, size, level):
+    """ENTER: make a stack frame of `size` bytes, with copies of `level` outer frame pointers (a display, for Pascal)."""
+    width = encoding.stack_width
+    step = width // 8
+    mask, value_mask = cpu.stack_mask, (1 << width) - 1
+    level_count = level.read() & 0x1F
+    rsp, frame = cpu.regs[RSP], cpu.regs[RBP]
+    slots = [frame & value_mask]
+    frame_pointer = rsp - step
+    if level_count:
+        slots += [cpu.load_stack((frame - step * outer) & mask, width) for outer in range(1, level_count)]
+        slots.append(frame_pointer & mask & value_mask)
+    new_rsp = rsp - step * len(slots) - size.read()
+    # A frame that the stack cannot hold faults here, before anything is changed.
+    cpu.store_stack(new_rsp & mask, cpu.load_stack(new_rsp & mask, width), width)
+    for index, value in enumerate(slots):
+        cpu.store_stack((rsp - step * (index + 1)) & mask, value, width)
+    cpu.regs[RSP] = rsp & ~mask | new_rsp & mask
+    keep = ~value_mask if width == 16 else 0
+    cpu.regs[RBP] = frame & keep | (frame_pointer & mask | rsp & ~mask) & value_mask
+
+
+@instruction("leave", encoded=True)
+def leave(cpu, encoding):
+    """LEAVE: take down the frame: ESP from EBP, then POP EBP."""
+    width = encoding.stack_width
+    mask, value_mask = cpu.stack_mask, (1 << width) - 1
+    frame = cpu.regs[RBP]
+    saved = cpu.load_stack(frame & mask, width)
+    cpu.regs[RSP] = cpu.regs[RSP] & ~mask | (frame + width // 8) & mask
+    cpu.regs[RBP] = cpu.regs[RBP] & ~value_mask | saved
+
+
+# --- Conversion of the accumulator -------------------------------------------------------------------------------------------
+
+
+def _define_widening(name, from_width, to_width):
+    @instruction(name)
+    def widen(cpu):
+        """CBW, CWDE, CDQE: the accumulator's lower half, sign-extended into all of it."""
+        value = cpu.regs[RAX] & (1 << from_width) - 1
+        keep = cpu.regs[RAX] & ~0xFFFF if to_width == 16 else 0
+        cpu.regs[RAX] = keep | sign_extend(value, from_width, to_width)
+
+
+def _define_sign_copy(name, width):
+    @instruction(name)
+    def copy_sign(cpu):
+        """CWD, CDQ, CQO: the accumulator's sign into every bit of DX, EDX or RDX."""
+        mask = (1 << width) - 1
+        signs = mask * (cpu.regs[RAX] >> (width - 1) & 1)
+        keep = cpu.regs[RDX] & ~0xFFFF if width == 16 else 0
+        cpu.regs[RDX] = keep | signs
+
+
+for _name, _from, _to in (("cbw", 8, 16), ("cwde", 16, 32), ("cdqe", 32, 64)):
+    _define_widening(_name, _from, _to)
+for _name, _width in (("cwd", 16), ("cdq", 32), ("cqo", 64)):
+    _define_sign_copy(_name, _width)

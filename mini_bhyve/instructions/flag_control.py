@@ -1,0 +1,84 @@
+"""Flag control (Intel SDM vol. 1, 5.1.11): single flags, and the whole register to and from AH or the stack."""
+
+from __future__ import annotations
+
+from mini_bhyve import flags as fl
+from mini_bhyve import interrupts
+from mini_bhyve.faults import general_protection
+from mini_bhyve.instructions.definition import instruction
+from mini_bhyve.operands import RAX
+
+
+def _change(cpu, cleared, set_or_flipped):
+    flags = fl.arithmetic_flags(cpu.flags) & ~cleared ^ set_or_flipped
+    cpu.flags = (fl.EXPLICIT, flags, 0, 0, 32)
+
+
+@instruction("clc")
+def clc(cpu):
+    _change(cpu, fl.CF, 0)
+
+
+@instruction("stc")
+def stc(cpu):
+    _change(cpu, fl.CF, fl.CF)
+
+
+@instruction("cmc")
+def cmc(cpu):
+    _change(cpu, 0, fl.CF)
+
+
+@instruction("cld")
+def cld(cpu):
+    cpu.system_flags = cpu.system_flags & ~fl.DF
+
+
+@instruction("std")
+def std(cpu):
+    cpu.system_flags = cpu.system_flags | fl.DF
+
+
+@instruction("cli", data_decides=True)
+def cli(cpu):
+    """CLI: only for code at least as privileged as IOPL says."""
+    if cpu.cpl > cpu.iopl:
+        raise general_protection()
+    cpu.system_flags &= ~fl.IF
+
+
+@instruction("sti", ends_block=True, data_decides=True)
+def sti(cpu):
+    """STI: interrupts come in after the next instruction, so that STI; HLT or STI; RET cannot be torn apart."""
+    if cpu.cpl > cpu.iopl:
+        raise general_protection()
+    if not cpu.system_flags & fl.IF:
+        cpu.shadow_interrupts()
+    cpu.system_flags |= fl.IF
+
+
+# AH takes the low byte of EFLAGS: SF ZF - AF - PF - CF.
+LOW_FLAGS = fl.SF | fl.ZF | fl.AF | fl.PF | fl.CF
+
+
+@instruction("lahf")
+def lahf(cpu):
+    low = fl.arithmetic_flags(cpu.flags) & LOW_FLAGS | fl.ALWAYS_ONE
+    cpu.regs[RAX] = cpu.regs[RAX] & ~0xFF00 | low << 8
+
+
+@instruction("sahf")
+def sahf(cpu):
+    _change(cpu, LOW_FLAGS, cpu.regs[RAX] >> 8 & LOW_FLAGS)
+
+
+@instruction("pushf", "pushfd", "pushfq", encoded=True)
+def pushf(cpu, encoding):
+    """PUSHF: VM and RF are stored as 0."""
+    cpu.push(cpu.eflags & ~(fl.VM | fl.RF) & (1 << encoding.stack_width) - 1, encoding.stack_width)
+
+
+@instruction("popf", "popfd", "popfq", encoded=True, ends_block=True, data_decides=True)
+def popf(cpu, encoding):
+    """POPF: flags that this privilege level may not change are silently left as they are."""
+    interrupts.set_flags(cpu, cpu.pop(encoding.stack_width), encoding.stack_width)

@@ -1,0 +1,38 @@
+"""Logical instructions (Intel SDM vol. 1, 5.1.4), and TEST, which is AND without a result (5.1.6)."""
+
+from __future__ import annotations
+
+from mini_bhyve.flags import LOGIC
+from mini_bhyve.instructions.definition import instruction
+
+
+@instruction("and")
+def and_(cpu, dst, src):
+    result = dst.read() & src.read()
+    dst.write(result)
+    cpu.flags = (LOGIC, 0, 0, result, dst.width)
+
+
+@instruction("or")
+def or_(cpu, dst, src):
+    result = dst.read() | src.read()
+    dst.write(result)
+    cpu.flags = (LOGIC, 0, 0, result, dst.width)
+
+
+@instruction("xor")
+def xor(cpu, dst, src):
+    result = dst.read() ^ src.read()
+    dst.write(result)
+    cpu.flags = (LOGIC, 0, 0, result, dst.width)
+
+
+@instruction("not")
+def not_(cpu, dst):
+    """NOT changes no flags."""
+    dst.write(dst.read() ^ dst.mask)
+
+
+@instruction("test")
+def test(cpu, dst, src):
+    cpu.flags = (LOGIC, 0, 0, dst.read() & src.read(), dst.width)

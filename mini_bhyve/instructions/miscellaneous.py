@@ -1,0 +1,70 @@
+"""Miscellaneous instructions (Intel SDM vol. 1, 5.1.13) and input/output (5.1.9)."""
+
+from __future__ import annotations
+
+from mini_bhyve import cpuid as identification
+from mini_bhyve import segmentation as seg
+from mini_bhyve.faults import general_protection
+from mini_bhyve.instructions.definition import instruction
+from mini_bhyve.operands import RAX, RBX, RCX, RDX
+
+
+@instruction("lea")
+def lea(cpu, dst, src):
+    """LEA: the address itself, cut or zero-extended to the register."""
+    dst.write(src.address() & dst.mask)
+
+
+@instruction("nop", "endbr32", "endbr64", "pause", "prefetchnta", "prefetcht0", "prefetcht1", "prefetcht2", "prefetchw")
+def nop(cpu, *operands):
+    """NOP, and hints that change nothing that can be seen."""
+
+
+@instruction("xlatb", encoded=True)
+def xlat(cpu, encoding):
+    """XLAT: AL from the table at DS:EBX, AL itself being the index."""
+    offset = (cpu.regs[RBX] + (cpu.regs[RAX] & 0xFF)) & (1 << encoding.address_width) - 1
+    cpu.regs[RAX] = cpu.regs[RAX] & ~0xFF | cpu.load_segment_memory(encoding.segment, offset, 8)
+
+
+@instruction("cpuid", data_decides=True)
+def cpuid(cpu):
+    values = identification.cpuid(cpu.regs[RAX] & 0xFFFFFFFF)
+    for index, value in zip((RAX, RBX, RCX, RDX), values):
+        cpu.regs[index] = value
+
+
+# --- Input and output -------------------------------------------------------------------------------------------------------------
+
+
+def check_port_allowed(cpu, port, width):
+    """Above IOPL, the TSS's bit map decides: a 1 for any of the ports is #GP (SDM vol. 1, 19.5.2)."""
+    if not cpu.protected_mode or cpu.cpl <= cpu.iopl:
+        return
+    tss = cpu.tr
+    if tss.access & seg.TYPE != seg.TSS32_BUSY or tss.limit < 0x67:
+        raise general_protection()
+    # Two bytes are always read, as a wide port may run on into the next byte of the map.
+    place = cpu.load_system(tss.base + 0x66, 16) + port // 8
+    if place + 1 > tss.limit:
+        raise general_protection()
+    bits = cpu.load_system(tss.base + place, 16) >> port % 8
+    if bits & (1 << width // 8) - 1:
+        raise general_protection()
+
+
+@instruction("in", ends_block=True, data_decides=True)
+def in_(cpu, dst, port):
+    """IN: what a device answers may change what is due next, so a block ends here."""
+    number = port.read()
+    check_port_allowed(cpu, number, dst.width)
+    dst.write(cpu.ports.read(number, dst.width))
+    cpu.attention = True
+
+
+@instruction("out", ends_block=True, data_decides=True)
+def out(cpu, port, src):
+    number = port.read()
+    check_port_allowed(cpu, number, src.width)
+    cpu.ports.write(number, src.read(), src.width)
+    cpu.attention = True

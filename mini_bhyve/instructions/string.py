@@ -1,0 +1,222 @@
+"""String instructions and their REP prefixes (Intel SDM vol. 1, 5.1.8 and 7.3.9), and the port strings INS and OUTS (5.1.9).
+
+    source       DS:ESI (another segment with a prefix)     LODS  CMPS  MOVS  OUTS
+    destination  ES:EDI (always ES)                         STOS  SCAS  MOVS  CMPS  INS
+
+Each moves its pointers by the size of an element, upwards or, with DF set, downwards. With REP, ECX counts the elements.
+
+A repeated instruction can be interrupted between two elements: the registers say how far it has come, and the same
+instruction goes on afterwards. Here a repeat does a limited stretch at a time, and "jumps" to itself until it is done.
+The data decides how long it takes, so all of these are called, never inlined.
+"""
+
+from __future__ import annotations
+
+from mini_bhyve import flags as fl
+from mini_bhyve import segmentation as seg
+from mini_bhyve.instructions.definition import instruction
+from mini_bhyve.instructions.miscellaneous import check_port_allowed
+from mini_bhyve.memory import PAGE_SIZE
+from mini_bhyve.operands import MASKS, RAX, RCX, RDI, RDX, RSI
+
+# Elements done in one go. Between two stretches interrupts and pauses get their turn.
+STRETCH = 4096
+
+
+class StringOperation:
+    """What all string instructions share: where the elements are, and the moving on from one to the next."""
+
+    def __init__(self, cpu, encoding, width):
+        self.cpu = cpu
+        self.encoding = encoding
+        self.width = width
+        self.address_mask = MASKS[encoding.address_width]
+        self.step = -(width // 8) if cpu.system_flags & fl.DF else width // 8
+
+    def load_source(self):
+        offset = self.cpu.regs[RSI] & self.address_mask
+        return self.cpu.load_segment_memory(self.encoding.segment, offset, self.width)
+
+    def load_destination(self):
+        return self.cpu.load_segment_memory(seg.ES, self.cpu.regs[RDI] & self.address_mask, self.width)
+
+    def store_destination(self, value):
+        self.cpu.store_segment_memory(seg.ES, self.cpu.regs[RDI] & self.address_mask, value, self.width)
+
+    def advance(self, register, elements=1):
+        """Move ESI or EDI on; with 16-bit addresses the upper half of the register stays."""
+        regs, mask = self.cpu.regs, self.address_mask
+        keep = regs[register] & ~mask if mask == 0xFFFF else 0
+        regs[register] = keep | (regs[register] + self.step * elements) & mask
+
+    def count_down(self, elements=1):
+        regs, mask = self.cpu.regs, self.address_mask
+        keep = regs[RCX] & ~mask if mask == 0xFFFF else 0
+        regs[RCX] = keep | (regs[RCX] - elements) & mask
+
+    @property
+    def count(self):
+        return self.cpu.regs[RCX] & self.address_mask
+
+
+def repeat(cpu, encoding, operation, one, compares=False, bulk=None):
+    """Run `one(operation)` once, or under REP a stretch of times; a comparison also ends it (SDM vol. 2B, REP).
+
+    `bulk(operation)`, if given, may do several elements at once; it returns how many it did, 0 for "not here".
+    """
+    if not encoding.repeat:
+        one(operation)
+        return
+    done = 0
+    while operation.count and done < STRETCH:
+        elements = bulk(operation) if bulk else 0
+        if not elements:
+            one(operation)
+            elements = 1
+        operation.count_down(elements)
+        done += elements
+        if compares and fl.zero(*cpu.flags) != (encoding.repeat == "rep"):
+            return
+    if operation.count:
+        cpu.branch(True, encoding.ip)
+
+
+def _define_string(name, one, compares=False, bulk=None, suffixes="bwdq"):
+    """Define an instruction for each element size: "movs" -> movsb, movsw, movsd, movsq."""
+    for suffix, width in zip(suffixes, (8, 16, 32, 64)):
+
+        def string(cpu, encoding, *operands, width=width):
+            repeat(cpu, encoding, StringOperation(cpu, encoding, width), one, compares, bulk)
+
+        string.__doc__ = one.__doc__
+        instruction(name + suffix, encoded=True, ends_block=True, data_decides=True)(string)
+
+
+# --- Moving and filling -----------------------------------------------------------------------------------------------------------
+
+
+def _movs(operation):
+    """MOVS: from the source to the destination."""
+    operation.store_destination(operation.load_source())
+    operation.advance(RSI)
+    operation.advance(RDI)
+
+
+def _stos(operation):
+    """STOS: the accumulator to the destination."""
+    operation.store_destination(operation.cpu.regs[RAX] & MASKS[operation.width])
+    operation.advance(RDI)
+
+
+def _lods(operation):
+    """LODS: the source to the accumulator."""
+    value = operation.load_source()
+    operation.cpu.accumulator(operation.width).write(value)
+    operation.advance(RSI)
+
+
+def _elements_in_place(operation, registers):
+    """How many elements, upwards from each register, lie on one page of plain RAM and within their segment's limit.
+
+    The result is [count, offset in RAM ...], or None where one element at a time must do: downwards, across a page's
+    end, or on pages that the TLB does not hold.
+    """
+    cpu, size = operation.cpu, operation.width // 8
+    if operation.step < 0:
+        return None
+    count, places = min(operation.count, STRETCH), []
+    for register, segment, writing in registers:
+        offset = cpu.regs[register] & operation.address_mask
+        address = cpu.linear(segment, offset, size, writing)
+        on_page = min(PAGE_SIZE - address % PAGE_SIZE, operation.address_mask + 1 - offset)
+        if cpu.code_size != 64:
+            on_page = min(on_page, cpu.segments[segment].last + 1 - offset)
+        difference = (cpu.write_tlb if writing else cpu.read_tlb).get(address >> 12)
+        if difference is None or on_page < size:
+            return None
+        count = min(count, on_page // size)
+        places.append(address + difference)
+    return [count, *places]
+
+
+def _movs_bulk(operation):
+    """A stretch of MOVS as one slice copy, if the destination does not overlap the source from above."""
+    place = _elements_in_place(operation, ((RSI, operation.encoding.segment, False), (RDI, seg.ES, True)))
+    if place is None:
+        return 0
+    count, source, destination = place
+    length = count * operation.width // 8
+    if source < destination < source + length:
+        return 0  # each element copied is read again later: the way to fill memory with a pattern
+    ram = operation.cpu.bytes8
+    ram[destination : destination + length] = bytes(ram[source : source + length])
+    operation.advance(RSI, count)
+    operation.advance(RDI, count)
+    return count
+
+
+def _stos_bulk(operation):
+    place = _elements_in_place(operation, ((RDI, seg.ES, True),))
+    if place is None:
+        return 0
+    count, destination = place
+    element = (operation.cpu.regs[RAX] & MASKS[operation.width]).to_bytes(operation.width // 8, "little")
+    operation.cpu.bytes8[destination : destination + count * len(element)] = element * count
+    operation.advance(RDI, count)
+    return count
+
+
+_define_string("movs", _movs, bulk=_movs_bulk)
+_define_string("stos", _stos, bulk=_stos_bulk)
+_define_string("lods", _lods)
+
+
+# --- Comparing --------------------------------------------------------------------------------------------------------------------
+
+
+def _compare(operation, a, b):
+    operation.cpu.flags = (fl.SUB, a, b, (a - b) & MASKS[operation.width], operation.width)
+
+
+def _cmps(operation):
+    """CMPS: source minus destination, for the flags."""
+    _compare(operation, operation.load_source(), operation.load_destination())
+    operation.advance(RSI)
+    operation.advance(RDI)
+
+
+def _scas(operation):
+    """SCAS: accumulator minus destination, for the flags."""
+    _compare(operation, operation.cpu.regs[RAX] & MASKS[operation.width], operation.load_destination())
+    operation.advance(RDI)
+
+
+_define_string("cmps", _cmps, compares=True)
+_define_string("scas", _scas, compares=True)
+
+
+# --- Ports ------------------------------------------------------------------------------------------------------------------------
+
+
+def _ins(operation):
+    """INS: from the port in DX to the destination. That must be writable before the port is read: reading may change it."""
+    cpu = operation.cpu
+    port = cpu.regs[RDX] & 0xFFFF
+    check_port_allowed(cpu, port, operation.width)
+    operation.store_destination(operation.load_destination())
+    operation.store_destination(cpu.ports.read(port, operation.width))
+    operation.advance(RDI)
+
+
+def _outs(operation):
+    """OUTS: from the source to the port in DX."""
+    cpu = operation.cpu
+    port = cpu.regs[RDX] & 0xFFFF
+    check_port_allowed(cpu, port, operation.width)
+    cpu.ports.write(port, operation.load_source(), operation.width)
+    operation.advance(RSI)
+    cpu.attention = True
+
+
+_define_string("ins", _ins, suffixes="bwd")
+_define_string("outs", _outs, suffixes="bwd")

@@ -1,0 +1,264 @@
+"""System instructions (Intel SDM vol. 1, 5.21; vol. 3A, 2.8): for the operating system's own use."""
+
+from __future__ import annotations
+
+from mini_bhyve import segmentation as seg
+from mini_bhyve.faults import general_protection, undefined_opcode
+from mini_bhyve.flags import EXPLICIT, ZF, arithmetic_flags
+from mini_bhyve.instructions.definition import instruction
+from mini_bhyve.operands import RAX, RCX, RDX, Memory
+from mini_bhyve.registers import CR0_TS, CR4_TSD, MSR_EFER, MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE, MSR_TSC
+
+
+def _privileged(cpu):
+    """Only for level 0: #GP elsewhere."""
+    if cpu.cpl != 0:
+        raise general_protection()
+
+
+def _protected_only(cpu):
+    """Not recognized in real mode."""
+    if not cpu.protected_mode:
+        raise undefined_opcode()
+
+
+# --- Descriptor tables --------------------------------------------------------------------------------------------------------------
+#
+# In memory, GDTR and IDTR are a limit of 16 bits and behind it a base of 32 (64 in 64-bit mode). With a 16-bit operand size
+# only 24 bits of the base count, as on the 80286.
+
+
+def _load_table(cpu, encoding, pointer):
+    _privileged(cpu)
+    limit = pointer.at(0, 16).read()
+    base = pointer.at(2, 64 if cpu.code_size == 64 else 32).read()
+    if encoding.operand_width == 16 and cpu.code_size != 64:
+        base &= 0xFFFFFF
+    return base, limit
+
+
+def _store_table(cpu, pointer, base, limit):
+    pointer.at(2, 64 if cpu.code_size == 64 else 32).write(base)
+    pointer.at(0, 16).write(limit)
+
+
+@instruction("lgdt", encoded=True, data_decides=True)
+def lgdt(cpu, encoding, pointer):
+    cpu.gdtr_base, cpu.gdtr_limit = _load_table(cpu, encoding, pointer)
+
+
+@instruction("lidt", encoded=True, data_decides=True)
+def lidt(cpu, encoding, pointer):
+    cpu.idtr_base, cpu.idtr_limit = _load_table(cpu, encoding, pointer)
+
+
+@instruction("sgdt")
+def sgdt(cpu, pointer):
+    _store_table(cpu, pointer, cpu.gdtr_base, cpu.gdtr_limit)
+
+
+@instruction("sidt")
+def sidt(cpu, pointer):
+    _store_table(cpu, pointer, cpu.idtr_base, cpu.idtr_limit)
+
+
+@instruction("lldt", data_decides=True)
+def lldt(cpu, selector):
+    _protected_only(cpu)
+    _privileged(cpu)
+    seg.load_ldtr(cpu, selector.read() & 0xFFFF)
+
+
+@instruction("ltr", data_decides=True)
+def ltr(cpu, selector):
+    _protected_only(cpu)
+    _privileged(cpu)
+    seg.load_tr(cpu, selector.read() & 0xFFFF)
+
+
+def _store_selector(dst, selector):
+    """16 bits of memory, or a whole register."""
+    (dst.at(0, 16) if isinstance(dst, Memory) else dst).write(selector)
+
+
+@instruction("sldt")
+def sldt(cpu, dst):
+    _protected_only(cpu)
+    _store_selector(dst, cpu.ldtr.selector)
+
+
+@instruction("str")
+def str_(cpu, dst):
+    _protected_only(cpu)
+    _store_selector(dst, cpu.tr.selector)
+
+
+# --- Looking at descriptors without using them ----------------------------------------------------------------------------------------
+
+
+def _set_zero(cpu, ok):
+    flags = arithmetic_flags(cpu.flags) & ~ZF | (ZF if ok else 0)
+    cpu.flags = (EXPLICIT, flags, 0, 0, 32)
+
+
+def _visible_descriptor(cpu, selector):
+    """The descriptor if the selector names one that this privilege level may see, else None."""
+    if seg.is_null(selector):
+        return None
+    base_limit = cpu.ldtr.limit if selector & 4 else cpu.gdtr_limit
+    if selector | 7 > base_limit:
+        return None
+    descriptor = seg.read_descriptor(cpu, selector)
+    conforming = descriptor.is_code and descriptor.access & seg.CONFORMING
+    if not conforming and max(cpu.cpl, selector & 3) > descriptor.dpl:
+        return None
+    return descriptor
+
+
+@instruction("lar", data_decides=True)
+def lar(cpu, dst, src):
+    """LAR: bits 55-40 of a descriptor, as they stand there."""
+    _protected_only(cpu)
+    descriptor = _visible_descriptor(cpu, src.read() & 0xFFFF)
+    gates = (seg.INTERRUPT_GATE16, seg.TRAP_GATE16, seg.INTERRUPT_GATE32, seg.TRAP_GATE32)
+    ok = descriptor is not None and not (descriptor.is_system and descriptor.access & seg.TYPE in (*gates, 0, 8, 10, 13))
+    if ok:
+        dst.write(descriptor.raw >> 32 & 0x00FFFF00 & dst.mask)
+    _set_zero(cpu, ok)
+
+
+@instruction("lsl", data_decides=True)
+def lsl(cpu, dst, src):
+    """LSL: a segment's limit in bytes; gates have none."""
+    _protected_only(cpu)
+    descriptor = _visible_descriptor(cpu, src.read() & 0xFFFF)
+    with_limit = (seg.TSS16_AVAILABLE, seg.LDT, seg.TSS16_BUSY, seg.TSS32_AVAILABLE, seg.TSS32_BUSY)
+    ok = descriptor is not None and not (descriptor.is_system and descriptor.access & seg.TYPE not in with_limit)
+    if ok:
+        dst.write(descriptor.limit & dst.mask)
+    _set_zero(cpu, ok)
+
+
+def _define_verify(name, allowed):
+    @instruction(name, data_decides=True)
+    def verify(cpu, src):
+        """VERR, VERW: whether this privilege level could read or write the segment."""
+        _protected_only(cpu)
+        descriptor = _visible_descriptor(cpu, src.read() & 0xFFFF)
+        _set_zero(cpu, descriptor is not None and not descriptor.is_system and allowed(descriptor))
+
+
+_define_verify("verr", lambda descriptor: not descriptor.is_code or descriptor.access & seg.READABLE)
+_define_verify("verw", lambda descriptor: not descriptor.is_code and descriptor.access & seg.WRITABLE)
+
+
+@instruction("arpl", data_decides=True)
+def arpl(cpu, dst, src):
+    """ARPL: raise the RPL of a selector that was handed over to the caller's, so that it cannot reach further."""
+    _protected_only(cpu)
+    selector, caller = dst.read(), src.read() & 3
+    raised = selector & 3 < caller
+    if raised:
+        dst.write(selector & ~3 | caller)
+    _set_zero(cpu, raised)
+
+
+# --- Control registers ----------------------------------------------------------------------------------------------------------------
+#
+# MOV to and from CRn and DRn is the MOV of data_transfer.py; the operand does the rest, and the check of the privilege level.
+
+
+@instruction("smsw")
+def smsw(cpu, dst):
+    """SMSW: the low half of CR0, from the time when there was no more of it."""
+    if isinstance(dst, Memory):
+        dst.at(0, 16).write(cpu.cr0 & 0xFFFF)
+    else:
+        dst.write(cpu.cr0 & dst.mask)
+
+
+@instruction("lmsw", ends_block=True, data_decides=True)
+def lmsw(cpu, src):
+    """LMSW: PE, MP, EM and TS of CR0; PE can be set by it and not cleared."""
+    _privileged(cpu)
+    low = src.read() & 0xF
+    cpu.write_cr0(cpu.cr0 & ~0xE | low)
+
+
+@instruction("clts", data_decides=True)
+def clts(cpu):
+    _privileged(cpu)
+    cpu.cr0 &= ~CR0_TS
+
+
+@instruction("invlpg", ends_block=True, data_decides=True)
+def invlpg(cpu, where):
+    """INVLPG: forget the translation of one page."""
+    _privileged(cpu)
+    cpu.forget_page((cpu.segment_base(where.segment) + where.address()) & cpu.linear_mask)
+
+
+@instruction("invd", "wbinvd", data_decides=True)
+def wbinvd(cpu):
+    """INVD, WBINVD: there are no caches to empty."""
+    _privileged(cpu)
+
+
+@instruction("hlt", ends_block=True, data_decides=True)
+def hlt(cpu):
+    _privileged(cpu)
+    cpu.halt()
+
+
+# --- Model-specific registers and the time stamp ----------------------------------------------------------------------------------------
+
+
+_SEGMENT_BASES = {MSR_FS_BASE: seg.FS, MSR_GS_BASE: seg.GS}
+
+
+@instruction("rdtsc", data_decides=True)
+def rdtsc(cpu):
+    """RDTSC: the clock in nanoseconds, so a processor of 1 GHz."""
+    if cpu.cr4 & CR4_TSD and cpu.cpl:
+        raise general_protection()
+    _write_pair(cpu, cpu.clock.now)
+
+
+def _write_pair(cpu, value):
+    """EDX:EAX."""
+    cpu.regs[RAX], cpu.regs[RDX] = value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
+
+
+@instruction("rdmsr", data_decides=True)
+def rdmsr(cpu):
+    """RDMSR: #GP for a register that is not there."""
+    _privileged(cpu)
+    number = cpu.regs[RCX] & 0xFFFFFFFF
+    if number == MSR_EFER:
+        value = cpu.efer
+    elif number == MSR_TSC:
+        value = cpu.clock.now
+    elif number in _SEGMENT_BASES:
+        value = cpu.segments[_SEGMENT_BASES[number]].base
+    elif number == MSR_KERNEL_GS_BASE:
+        value = cpu.kernel_gs_base
+    else:
+        raise general_protection()
+    _write_pair(cpu, value)
+
+
+@instruction("wrmsr", ends_block=True, data_decides=True)
+def wrmsr(cpu):
+    _privileged(cpu)
+    number = cpu.regs[RCX] & 0xFFFFFFFF
+    value = (cpu.regs[RDX] & 0xFFFFFFFF) << 32 | cpu.regs[RAX] & 0xFFFFFFFF
+    if number == MSR_EFER:
+        cpu.write_efer(value)
+    elif number in _SEGMENT_BASES:
+        index = _SEGMENT_BASES[number]
+        old = cpu.segments[index]
+        cpu.segments[index] = seg.Segment(old.selector, value, old.limit, old.access)
+    elif number == MSR_KERNEL_GS_BASE:
+        cpu.kernel_gs_base = value
+    else:
+        raise general_protection()
