@@ -1,0 +1,615 @@
+"""The processor: its registers and modes, how it reaches memory, and how it runs.
+
+Mirrors Intel SDM vol. 1, chapter 3 (Basic Execution Environment), vol. 3A, chapter 2 (System Architecture Overview), and,
+on FreeBSD's side, struct vcpu and vm_run() of sys/amd64/vmm. What the instructions do is in `instructions/`, how they
+are decoded in `decode.py`, interrupts in `interrupts.py`, segments in `segmentation.py`, page tables in `paging.py`.
+
+    run() --> find_block() --> for each step: definition(cpu, operands ...)
+                 |                                 |
+              fetch, decode                operand.read() / .write() --> load() / store() --> TLB --> RAM
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
+
+from mini_bhyve import flags as fl
+from mini_bhyve import interrupts, paging
+from mini_bhyve import segmentation as seg
+from mini_bhyve.clock import Clock
+from mini_bhyve.cpuid import CR4_SUPPORTED, EFER_SUPPORTED, SIGNATURE
+from mini_bhyve.decode import MAX_BLOCK, MAX_INSTRUCTION, Block, Decoder, Mode
+from mini_bhyve.faults import GP, SS, GuestFault, Unsupported, VmExit, general_protection, undefined_opcode
+from mini_bhyve.inout import IoPorts
+from mini_bhyve.memory import PAGE_SIZE, GuestMemory
+from mini_bhyve.operands import MASKS, RAX, RDX, RSP, Register, general_register
+from mini_bhyve.paging import FETCH, READ, USER_ACCESS, WRITE, Mmu
+from mini_bhyve.registers import (
+    CR0_CD, CR0_DEFINED, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, DR6_AFTER_RESET, DR7_AFTER_RESET,
+    DR7_ENABLE_BITS, EFER_LMA, EFER_LME, EFER_NXE,
+)  # fmt: skip
+
+
+REGISTER_NAMES = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
+
+
+class Cpu:
+    """One x86-64 processor, as after power-on: real mode, at the reset vector."""
+
+    __slots__ = (
+        "acknowledge_interrupt", "attention", "blocks", "bytes8", "clock", "code", "code_by_mode", "code_size", "cpl",
+        "cr0", "cr2", "cr3", "cr4", "debug_registers", "decoder", "efer", "flags", "flat_stack", "gdtr_base",
+        "gdtr_limit", "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "kernel_gs_base",
+        "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode", "next_ip", "nmi_blocked", "nmi_pending", "ports",
+        "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "system_flags", "tr", "words16", "words32",
+        "words64", "write_tlb",
+    )  # fmt: skip
+
+    name = "vmcx"  # bhyve's name for a vCPU's registers in a snapshot
+
+    def __init__(self, memory: GuestMemory, ports: IoPorts):
+        self.memory = memory
+        self.ports = ports
+        self.bytes8, self.words16 = memory.bytes8, memory.words16
+        self.words32, self.words64 = memory.words32, memory.words64
+        self.mmu = Mmu(memory)
+        self.clock = Clock(lambda: self.instructions)
+        self.decoder = Decoder(self)
+        # Decoded code: by where it lies in RAM, and by instruction pointer for each mode, as the page tables are now.
+        self.blocks: Dict[Tuple[Tuple[Optional[int], ...], int, Mode], Block] = {}
+        self.code_by_mode: Dict[Mode, Dict[int, Block]] = {}
+        # How an interrupt controller is asked for its vector; the machine connects one.
+        self.acknowledge_interrupt: Callable[[], int] = lambda: 0
+        self.interrupt_line = False  # the INTR pin
+        self.attention = False  # set, from any thread, to make run() return soon
+        self.retired = 0  # instructions executed up to the beginning of the running block
+        self.running: Optional[Block] = None
+        self.regs: List[int] = [0] * 17  # RAX ... R15, and one that is always zero
+        self.reset()
+
+    # --- Registers and modes --------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """The state after power-on or RESET (SDM vol. 3A, table 9-1). The instruction count goes on."""
+        self.regs[:] = [0] * 17
+        self.regs[RDX] = SIGNATURE
+        self.ip = self.next_ip = 0xFFF0
+        self.flags: fl.FlagSource = (fl.EXPLICIT, 0, 0, 0, 32)
+        self.system_flags = 0  # EFLAGS but for the arithmetic ones and the bit that is always 1
+        self.segments = [seg.real_mode_segment(0, code=index == seg.CS) for index in range(6)]
+        # The one time that CS is not its selector times 16: the first instruction is fetched from FFFF FFF0.
+        reset_cs = seg.real_mode_segment(0xF000, code=True)
+        self.segments[seg.CS] = seg.Segment(0xF000, 0xFFFF0000, 0xFFFF, reset_cs.access)
+        self.gdtr_base = self.idtr_base = 0
+        self.gdtr_limit = self.idtr_limit = 0xFFFF
+        self.ldtr = seg.Segment(0, 0, 0xFFFF, seg.PRESENT | seg.LDT)
+        self.tr = seg.Segment(0, 0, 0xFFFF, seg.PRESENT | seg.TSS32_BUSY)
+        self.cr0 = CR0_CD | CR0_NW | CR0_ET
+        self.cr2 = self.cr3 = self.cr4 = self.efer = 0
+        self.kernel_gs_base = 0
+        self.debug_registers = [0, 0, 0, 0, 0, 0, DR6_AFTER_RESET, DR7_AFTER_RESET]
+        self.halted = False
+        self.nmi_pending = self.nmi_blocked = False
+        self.interrupts_from = 0  # interrupts wait until so many instructions have been executed: the shadow of STI
+        self.cpl = 0
+        self.update_paging()
+        self.update_mode()
+
+    @property
+    def eflags(self) -> int:
+        """The EFLAGS register, all of it."""
+        return self.system_flags | fl.ALWAYS_ONE | fl.arithmetic_flags(self.flags)
+
+    def write_eflags(self, value: int, writable: int = 0xFFFFFFFF) -> None:
+        """Set EFLAGS; bits not in `writable`, other than the arithmetic ones, stay as they are."""
+        writable &= fl.SYSTEM
+        self.system_flags = self.system_flags & ~writable | value & writable
+        self.flags = (fl.EXPLICIT, value & fl.ARITHMETIC, 0, 0, 32)
+        self.attention = True  # IF or TF may have changed what is due next
+
+    @property
+    def iopl(self) -> int:
+        return self.system_flags >> 12 & 3
+
+    @property
+    def protected_mode(self) -> bool:
+        return self.cr0 & CR0_PE != 0
+
+    def accumulator(self, width: int) -> Register:
+        """AL, AX, EAX or RAX as an operand, for instructions that imply it."""
+        return general_register(self.regs, RAX, width, self.code_size)
+
+    def update_mode(self) -> None:
+        """Work out what follows from CS, SS, CR0 and EFER, after one of them has changed."""
+        cs, ss = self.segments[seg.CS], self.segments[seg.SS_]
+        self.long_mode = self.efer & EFER_LMA != 0
+        if self.long_mode and cs.access & seg.LONG:
+            self.code_size, self.stack_mask, flat, code_base = 64, MASKS[64], True, 0
+        else:
+            self.code_size = 32 if cs.access & seg.BIG else 16
+            self.stack_mask = 0xFFFFFFFF if ss.access & seg.BIG else 0xFFFF
+            flat = ss.flat and self.segments[seg.DS].flat and self.segments[seg.ES].flat
+            code_base = cs.base
+            # Bits 63-32 of a register are undefined after 64-bit mode (SDM vol. 1, 3.4.1.1): here, zero.
+            self.regs[:] = [value & 0xFFFFFFFF for value in self.regs]
+        self.linear_mask = MASKS[64] if self.code_size == 64 else MASKS[32]
+        self.flat_stack = (ss.flat or self.code_size == 64) and self.stack_mask > 0xFFFF
+        user = self.cpl == 3
+        self.read_tlb, self.write_tlb = self.mmu.read_tlb[user], self.mmu.write_tlb[user]
+        self.mode = Mode(self.code_size, self.stack_mask, flat, user, code_base)
+        self.code = self.code_by_mode.setdefault(self.mode, {})
+
+    def update_paging(self) -> None:
+        """Tell the paging unit what the control registers say."""
+        if not self.cr0 & CR0_PG:
+            mode = None
+        elif self.efer & EFER_LMA:
+            mode = paging.PAGING_4LEVEL
+        elif self.cr4 & CR4_PAE:
+            mode = paging.PAGING_PAE
+        else:
+            mode = paging.PAGING_32BIT_PSE if self.cr4 & CR4_PSE else paging.PAGING_32BIT
+        root = self.cr3 & (0xFFFFFFE0 if mode is paging.PAGING_PAE else ~0xFFF)
+        self.mmu.configure(
+            mode, root, self.cr0 & CR0_WP != 0, self.efer & EFER_NXE != 0, self.efer & EFER_LMA != 0
+        )  # fmt: skip
+        self.flush_tlb()
+
+    def flush_tlb(self) -> None:
+        """Forget all translations, and which code lies at which address."""
+        self.mmu.flush()
+        for code in self.code_by_mode.values():
+            code.clear()
+
+    def forget_page(self, linear: int) -> None:
+        """INVLPG."""
+        self.mmu.forget_page(linear)
+        for code in self.code_by_mode.values():
+            code.clear()
+
+    def set_a20(self, enabled: bool) -> None:
+        """The A20 gate, as port 92h moves it."""
+        self.memory.set_a20(enabled)
+        self.flush_tlb()
+
+    def read_control_register(self, number: int) -> int:
+        """MOV from CRn: for level 0 only; #UD for one that is not there."""
+        if self.cpl:
+            raise general_protection()
+        if number in (0, 2, 3, 4):
+            return (self.cr0, 0, self.cr2, self.cr3, self.cr4)[number]
+        raise undefined_opcode()
+
+    def write_control_register(self, number: int, value: int) -> None:
+        """MOV to CRn, with its checks (SDM vol. 2B, MOV-Control Registers); #GP for what may not be set."""
+        if self.cpl:
+            raise general_protection()
+        if number == 0:
+            self.write_cr0(value)
+        elif number == 2:
+            self.cr2 = value
+        elif number == 3:
+            self.cr3 = value
+            self.update_paging()
+        elif number == 4:
+            if value & ~CR4_SUPPORTED or (self.long_mode and not value & CR4_PAE):
+                raise general_protection()
+            self.cr4 = value
+            self.update_paging()
+        else:
+            raise undefined_opcode()
+
+    def write_cr0(self, value: int) -> None:
+        """CR0, and with it protected mode, paging, and the second half of entering long mode (SDM vol. 3A, 9.8.5)."""
+        if value >> 32:
+            raise general_protection()
+        value = value & CR0_DEFINED | CR0_ET
+        if (value & CR0_PG and not value & CR0_PE) or (value & CR0_NW and not value & CR0_CD):
+            raise general_protection()
+        paging_begins = value & CR0_PG and not self.cr0 & CR0_PG
+        paging_ends = self.cr0 & CR0_PG and not value & CR0_PG
+        if paging_begins and self.efer & EFER_LME:
+            if not self.cr4 & CR4_PAE or self.segments[seg.CS].access & seg.LONG:
+                raise general_protection()
+            self.efer |= EFER_LMA
+        elif paging_ends:
+            if self.code_size == 64:
+                raise general_protection()
+            self.efer &= ~EFER_LMA
+        self.cr0 = value
+        self.update_paging()
+        self.update_mode()
+
+    def write_efer(self, value: int) -> None:
+        """WRMSR to EFER: LMA follows from LME and paging, and LME cannot change while paging is on."""
+        if value & ~EFER_SUPPORTED or (self.cr0 & CR0_PG and (value ^ self.efer) & EFER_LME):
+            raise general_protection()
+        self.efer = value & ~EFER_LMA | self.efer & EFER_LMA
+        self.update_paging()
+
+    def read_debug_register(self, number: int) -> int:
+        if self.cpl:
+            raise general_protection()
+        return self.debug_registers[number]
+
+    def write_debug_register(self, number: int, value: int) -> None:
+        if self.cpl:
+            raise general_protection()
+        if number == 7 and value & DR7_ENABLE_BITS:
+            raise Unsupported(f"breakpoint in a debug register at {self.where()}: DR7 = {value:#x}")
+        self.debug_registers[number] = value
+
+    def load_segment(self, index: int, selector: int) -> None:
+        """What a MOV or POP to a segment register other than CS does, with all checks of the mode."""
+        if not self.protected_mode:
+            # The base changes and nothing else: a limit left behind by protected mode stays ("unreal mode").
+            old = self.segments[index]
+            access = old.access if not old.access & seg.UNUSABLE else seg.real_mode_segment(0).access
+            segment = seg.Segment(selector, selector << 4, old.limit or 0xFFFF, access)
+        elif index == seg.SS_:
+            segment = seg.stack_segment(self, selector, self.cpl)
+        else:
+            segment = seg.data_segment(self, selector)
+        self.segments[index] = segment
+        self.update_mode()
+
+    def set_code_segment(self, segment: seg.Segment, cpl: int) -> None:
+        """A far transfer has arrived: CS and the privilege level change together."""
+        self.segments[seg.CS] = segment
+        self.cpl = cpl
+        self.update_mode()
+
+    def set_stack_segment(self, segment: seg.Segment) -> None:
+        self.segments[seg.SS_] = segment
+        self.update_mode()
+
+    def shadow_interrupts(self) -> None:
+        """Interrupts wait until the next instruction is done: after STI, MOV SS and POP SS (SDM vol. 3A, 6.8.3)."""
+        self.interrupts_from = self.instructions + 2
+        self.attention = True
+
+    # --- The state as a whole: at the start, in a snapshot, for bhyvectl ------------------------------------------------
+
+    def start(self, start: "Start") -> None:
+        """Begin where and how a loader says."""
+        self.reset()
+        for name, value in start.registers.items():
+            self.regs[REGISTER_NAMES.index("r" + name[1:])] = value
+        self.gdtr_base, self.gdtr_limit = start.gdt_base, start.gdt_limit
+        self.cr3 = start.cr3
+        if start.mode == "real":
+            self.segments = [seg.real_mode_segment(start.data_selector) for _ in range(6)]
+            code = seg.real_mode_segment(start.code_selector, code=True)
+            self.segments[seg.CS] = seg.Segment(start.code_selector, start.code_base, code.limit, code.access)
+        else:
+            self.cr0 = CR0_PE | CR0_ET
+            self.write_efer(EFER_LME if start.mode == "long" else 0)
+            if start.mode == "long":
+                self.cr4 = CR4_PAE
+                self.write_cr0(CR0_PE | CR0_PG)
+            for index in (seg.ES, seg.SS_, seg.DS, seg.FS, seg.GS):
+                self.segments[index] = seg.read_descriptor(self, start.data_selector).segment(start.data_selector)
+            self.segments[seg.CS] = seg.read_descriptor(self, start.code_selector).segment(start.code_selector)
+        self.update_paging()
+        self.update_mode()
+        self.ip = start.entry
+
+    def snapshot(self, state) -> None:
+        """Everything that tells how the guest goes on. What is decoded or in the TLB is found again."""
+        for index, name in enumerate(REGISTER_NAMES):
+            self.regs[index] = state.u64(name, self.regs[index])
+        self.ip = state.u64("rip", self.ip)
+        flags = state.u32("rflags", self.eflags)
+        self.system_flags, self.flags = flags & fl.SYSTEM, (fl.EXPLICIT, flags & fl.ARITHMETIC, 0, 0, 32)
+        self.segments = [
+            segment.snapshot(state, name) for segment, name in zip(self.segments, seg.SEGMENT_NAMES)
+        ]
+        self.ldtr, self.tr = self.ldtr.snapshot(state, "ldtr"), self.tr.snapshot(state, "tr")
+        self.gdtr_base, self.gdtr_limit = state.u64("gdtr_base", self.gdtr_base), state.u16("gdtr_limit", self.gdtr_limit)
+        self.idtr_base, self.idtr_limit = state.u64("idtr_base", self.idtr_base), state.u16("idtr_limit", self.idtr_limit)
+        self.cpl = state.u8("cpl", self.cpl)
+        self.cr0, self.cr2 = state.u32("cr0", self.cr0), state.u64("cr2", self.cr2)
+        self.cr3, self.cr4 = state.u64("cr3", self.cr3), state.u32("cr4", self.cr4)
+        self.efer = state.u64("efer", self.efer)
+        self.kernel_gs_base = state.u64("kernel_gs_base", self.kernel_gs_base)
+        self.debug_registers = state.numbers("debug_registers", self.debug_registers)
+        self.halted = state.flag("halted", self.halted)
+        self.interrupt_line = state.flag("interrupt_line", self.interrupt_line)
+        self.nmi_pending = state.flag("nmi_pending", self.nmi_pending)
+        self.nmi_blocked = state.flag("nmi_blocked", self.nmi_blocked)
+        self.interrupts_from = state.u64("interrupts_from", self.interrupts_from)
+        self.retired = state.u64("instructions", self.retired)
+        self.update_paging()
+        self.update_mode()
+
+    def register_values(self) -> Dict[str, int]:
+        """All registers, under the names that bhyvectl has for them."""
+        values = dict(zip(REGISTER_NAMES, self.regs))
+        values.update(rip=self.ip, rflags=self.eflags, efer=self.efer)
+        values.update(cr0=self.cr0, cr2=self.cr2, cr3=self.cr3, cr4=self.cr4)
+        values.update({f"dr{number}": self.debug_registers[number] for number in (0, 1, 2, 3, 6, 7)})
+        values.update(gdtr_base=self.gdtr_base, gdtr_limit=self.gdtr_limit)
+        values.update(idtr_base=self.idtr_base, idtr_limit=self.idtr_limit)
+        for name, segment in zip((*seg.SEGMENT_NAMES, "ldtr", "tr"), (*self.segments, self.ldtr, self.tr)):
+            values[name] = segment.selector
+            values.update({f"{name}_base": segment.base, f"{name}_limit": segment.limit, f"{name}_access": segment.access})
+        return values
+
+    def describe_mode(self) -> str:
+        """The mode in words, as "32-bit, paging"."""
+        if not self.protected_mode:
+            return "16-bit real mode"
+        paging_mode = self.mmu.mode
+        return f"{self.code_size}-bit, " + (f"{paging_mode.name} paging" if paging_mode else "no paging")
+
+    # --- Memory ---------------------------------------------------------------------------------------------------------
+
+    def load(self, address: int, width: int) -> int:
+        """`width` bits from linear `address`, with the rights of the current privilege level."""
+        size = width >> 3
+        if (address & PAGE_SIZE - 1) + size > PAGE_SIZE:
+            return int.from_bytes(self.load_across(address, size, self.user_access), "little")
+        try:
+            offset = self.read_tlb[address >> 12] + address
+        except KeyError:
+            physical = self.mmu.translate(address, READ | self.user_access)
+            return int.from_bytes(self.memory.read(physical, size), "little")
+        return int.from_bytes(self.memory.ram[offset : offset + size], "little")
+
+    def store(self, address: int, value: int, width: int) -> None:
+        """Store the low `width` bits of `value` at linear `address`."""
+        self.store_as(address, value, width, self.user_access)
+
+    def load_system(self, address: int, width: int) -> int:
+        """As `load`, with the rights of the supervisor: descriptor tables and the TSS are read so at any level."""
+        size = width >> 3
+        if (address & PAGE_SIZE - 1) + size > PAGE_SIZE:
+            return int.from_bytes(self.load_across(address, size, 0), "little")
+        return int.from_bytes(self.memory.read(self.mmu.translate(address, READ), size), "little")
+
+    def store_system(self, address: int, value: int, width: int) -> None:
+        self.store_as(address, value, width, 0)
+
+    @property
+    def user_access(self) -> int:
+        """The U/S bit of an access made now."""
+        return USER_ACCESS if self.cpl == 3 else 0
+
+    def load_across(self, address: int, size: int, user: int) -> bytes:
+        """Bytes that lie on two pages."""
+        first = PAGE_SIZE - (address & PAGE_SIZE - 1)
+        second_address = (address + first) & self.linear_mask
+        low = self.memory.read(self.mmu.translate(address, READ | user), first)
+        return low + self.memory.read(self.mmu.translate(second_address, READ | user), size - first)
+
+    def store_as(self, address: int, value: int, width: int, user: int) -> None:
+        """The general store. Both pages of one that straddles are checked before a byte is written."""
+        data = (value & MASKS[width]).to_bytes(width >> 3, "little")
+        first = PAGE_SIZE - (address & PAGE_SIZE - 1)
+        physical = self.mmu.translate(address, WRITE | user)
+        if len(data) > first:
+            second = self.mmu.translate((address + first) & self.linear_mask, WRITE | user)
+            self.store_physical(second, data[first:])
+        self.store_physical(physical, data[:first])
+
+    def store_physical(self, physical: int, data: bytes) -> None:
+        """Write within one page, and drop the code that was there."""
+        offset = self.memory.ram_offset(physical)
+        if offset is not None and offset >> 12 in self.mmu.code_frames:
+            self.drop_code(offset, len(data))
+        self.memory.write(physical, data)
+
+    def linear(self, index: int, offset: int, size: int, writing: bool) -> int:
+        """The linear address of `size` bytes at `offset` in a segment, checked (SDM vol. 3A, 5.3 and 5.5)."""
+        segment = self.segments[index]
+        if self.code_size == 64:
+            return (self.segment_base(index) + offset) & MASKS[64]
+        allowed = segment.writable if writing else segment.readable
+        if not allowed or offset < segment.first or offset + size - 1 > segment.last:
+            raise GuestFault(SS if index == seg.SS_ else GP, 0)
+        return (segment.base + offset) & 0xFFFFFFFF
+
+    def segment_base(self, index: int) -> int:
+        """What a segment adds to an offset, here and now."""
+        return 0 if self.code_size == 64 and index < seg.FS else self.segments[index].base
+
+    def load_segment_memory(self, index: int, offset: int, width: int) -> int:
+        return self.load(self.linear(index, offset, width >> 3, False), width)
+
+    def store_segment_memory(self, index: int, offset: int, value: int, width: int) -> None:
+        self.store(self.linear(index, offset, width >> 3, True), value, width)
+
+    # --- The stack ------------------------------------------------------------------------------------------------------
+
+    def load_stack(self, offset: int, width: int) -> int:
+        """`width` bits at `offset` in the stack segment."""
+        if self.flat_stack:
+            if width == 32 and not offset & 3:
+                try:
+                    return self.words32[(self.read_tlb[offset >> 12] + offset) >> 2]
+                except KeyError:
+                    pass
+            return self.load(offset, width)
+        return self.load_segment_memory(seg.SS_, offset, width)
+
+    def store_stack(self, offset: int, value: int, width: int) -> None:
+        if self.flat_stack:
+            if width == 32 and not offset & 3:
+                try:
+                    self.words32[(self.write_tlb[offset >> 12] + offset) >> 2] = value
+                    return
+                except KeyError:
+                    pass
+            self.store(offset, value, width)
+        else:
+            self.store_segment_memory(seg.SS_, offset, value, width)
+
+    def push(self, value: int, width: int) -> None:
+        """PUSH: the stack grows downwards, and RSP changes only once the value is there."""
+        mask = self.stack_mask
+        rsp = self.regs[RSP]
+        offset = (rsp - (width >> 3)) & mask
+        self.store_stack(offset, value, width)
+        self.regs[RSP] = rsp & ~mask | offset
+
+    def pop(self, width: int) -> int:
+        mask = self.stack_mask
+        rsp = self.regs[RSP]
+        value = self.load_stack(rsp & mask, width)
+        self.regs[RSP] = rsp & ~mask | (rsp + (width >> 3)) & mask
+        return value
+
+    def peek(self, depth: int, width: int) -> int:
+        """What a POP would give `depth` bytes further up, RSP left alone."""
+        return self.load_stack((self.regs[RSP] + depth) & self.stack_mask, width)
+
+    def move_stack_pointer(self, distance: int) -> None:
+        """Add to RSP, ESP or SP, whichever the stack segment uses."""
+        mask = self.stack_mask
+        self.regs[RSP] = self.regs[RSP] & ~mask | (self.regs[RSP] + distance) & mask
+
+    # --- Control flow -----------------------------------------------------------------------------------------------------
+
+    def branch(self, taken, target: int) -> None:
+        """Go on at `target` (an offset in the code segment) if `taken`."""
+        if taken:
+            self.next_ip = target
+
+    def halt(self) -> None:
+        self.halted = True
+        self.attention = True
+
+    def where(self) -> str:
+        """The address of the running instruction, for a message."""
+        ip = self.ip
+        if self.running is not None and self.next_ip in self.running.next_ips:
+            ip = self.running.ips[self.running.next_ips.index(self.next_ip)]
+        return f"{self.segments[seg.CS].selector:04x}:{ip:0{max(self.code_size, 16) // 4}x}"
+
+    # --- Running ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def instructions(self) -> int:
+        """How many instructions have been executed since power-on, exact also in the middle of a block."""
+        if self.running is None:
+            return self.retired
+        return self.retired + self.running.next_ips.index(self.next_ip)
+
+    def run(self, limit: int) -> None:
+        """Execute until `limit` instructions have been executed since power-on, or until `attention` is set.
+
+        A fault counts as the instruction that it replaces. Raises VmExit when the guest cannot go on.
+        """
+        if self.system_flags & fl.TF:
+            raise Unsupported(f"single-step (EFLAGS.TF) at {self.where()}")
+        while self.retired < limit and not self.attention:
+            try:
+                block = self.code[self.ip]
+            except KeyError:
+                block = None
+            try:
+                if block is None or not block.steps:
+                    block = self.find_block()
+                steps = block.steps
+                count = len(steps)
+                if count > limit - self.retired:
+                    count = limit - self.retired
+                    steps = itertools.islice(steps, count)
+                self.running = block
+                for definition, arguments, next_ip in steps:
+                    self.next_ip = next_ip
+                    definition(*arguments)
+            except GuestFault as fault:
+                self.retire_until_fault(block)
+                interrupts.deliver_fault(self, fault)
+                continue
+            except VmExit:
+                self.retire_until_fault(block)
+                raise
+            self.running = None
+            # A block that wrote into itself was emptied, and ended early.
+            self.retired += count if block.steps else self.steps_done(block)
+            self.ip = self.next_ip
+
+    def retire_until_fault(self, block: Optional[Block]) -> None:
+        """The running instruction did not happen: go back to where it begins."""
+        if self.running is not None and block is not None:
+            index = block.next_ips.index(self.next_ip)
+            self.retired += index
+            self.ip = block.ips[index]
+        self.retired += 1
+        self.running = None
+
+    def steps_done(self, block: Block) -> int:
+        """How far a block came that was dropped while it ran."""
+        if self.next_ip in block.next_ips:
+            return block.next_ips.index(self.next_ip) + 1
+        return len(block.next_ips)
+
+    # --- Fetching and the cache of decoded code ---------------------------------------------------------------------------
+
+    def find_block(self) -> Block:
+        """The decoded code at CS:IP, from the cache or fresh. Raises what fetching it raises (#PF, #GP)."""
+        cs, ip = self.segments[seg.CS], self.ip
+        if self.code_size == 64:
+            linear = ip
+        else:
+            if ip > cs.last:
+                raise general_protection()
+            linear = (cs.base + ip) & 0xFFFFFFFF
+        physical = self.mmu.translate(linear, FETCH | self.user_access)
+        code = self.memory.read(physical, PAGE_SIZE - (physical & PAGE_SIZE - 1))
+        block = self.block_at((self.memory.ram_offset(physical),), code, 0)
+        if block is None:
+            # Not even one instruction on this page: it runs on into the next one, wherever that is.
+            physical_next = self.mmu.translate((linear + len(code)) & self.linear_mask, FETCH | self.user_access)
+            places = self.memory.ram_offset(physical), self.memory.ram_offset(physical_next)
+            block = self.block_at(places, code + self.memory.read(physical_next, MAX_INSTRUCTION), len(code))
+            assert block is not None
+        self.code[ip] = block
+        return block
+
+    def block_at(self, places: Tuple[Optional[int], ...], code: bytes, on_first_page: int) -> Optional[Block]:
+        """The block of the bytes `code`, which lie at `places` in RAM (one offset for each page; None: not in RAM).
+
+        None if the first instruction needs more bytes than there are. With two places, `on_first_page` bytes are on the
+        first, and the block is that one instruction.
+        """
+        key = (places, self.ip, self.mode)
+        block = self.blocks.get(key)
+        if block is not None and block.steps:
+            return block
+        decoded = self.decoder.decode(code, self.ip, self.mode, 1 if on_first_page else MAX_BLOCK)
+        if decoded is None:
+            return None
+        steps, ips, size = decoded
+        lengths = (on_first_page, size - on_first_page) if on_first_page else (size,)
+        ranges = [(start, start + length) for start, length in zip(places, lengths) if start is not None]
+        block = Block(steps, ips, ranges)
+        if len(ranges) == len(places):
+            self.blocks[key] = block
+            for start, _ in ranges:
+                self.watch(start >> 12, block)
+        return block
+
+    def watch(self, frame: int, block: Block) -> None:
+        """From now on notice stores into this page of RAM, as `block` was made from it."""
+        if frame not in self.mmu.code_frames:
+            self.mmu.code_frames[frame] = []
+            self.mmu.watch_frame(frame)
+        self.mmu.code_frames[frame].append(block)
+
+    def drop_code(self, offset: int, length: int) -> None:
+        """RAM is about to be written: drop the blocks that were made from these bytes."""
+        frame = offset >> 12
+        kept = []
+        for block in self.mmu.code_frames[frame]:
+            if block.overlaps(offset, offset + length):
+                block.steps.clear()
+            elif block.steps:
+                kept.append(block)
+        if kept:
+            self.mmu.code_frames[frame] = kept
+        else:
+            del self.mmu.code_frames[frame]

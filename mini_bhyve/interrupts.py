@@ -1,0 +1,364 @@
+"""Interrupts and exceptions: from a vector to its handler, and back.
+
+Mirrors Intel SDM vol. 3A, chapter 6 (Interrupt and Exception Handling): 6.12 the protected-mode procedure, 6.14 64-bit
+mode, 6.15 the double fault; vol. 3B, 20.1.4 real mode.
+
+A gate in the IDT (figure 6-2; in 64-bit mode 8 more bytes follow, with bits 63-32 of the offset):
+
+    63               48 47 46-45 44 43  40 39   37 36   34    32
+    | offset 31-16     | P | DPL | 0 | type |        |    IST    |
+    | selector         | offset 15-0                            |
+    31               16 15                                     0
+
+What the handler finds on its stack (the part in brackets only where the privilege level changes, or in 64-bit mode):
+
+    [ SS ]  [ ESP ]  EFLAGS  CS  EIP  [ error code ]   <- ESP, downwards
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Optional
+
+from mini_bhyve import flags as fl
+from mini_bhyve import segmentation as seg
+from mini_bhyve.faults import DE, DF, GP, NP, PF, SS, TS, GuestFault, TripleFault, Unsupported, general_protection
+from mini_bhyve.operands import MASKS, RSP
+
+if TYPE_CHECKING:
+    from mini_bhyve.cpu import Cpu
+
+# Bits of an error code that names a gate (figure 6-6): an event from outside, an entry of the IDT.
+EXTERNAL, IN_IDT = 1, 2
+NMI_VECTOR = 2
+
+# Faults that, when one meets another, make a double fault (SDM vol. 3A, table 6-4).
+CONTRIBUTORY = {DE, TS, NP, SS, GP}
+
+
+class NewStack:
+    """Pushes that take effect together: nothing of the processor changes until `commit`.
+
+    A far transfer writes several words, perhaps on a stack that is not yet in use, and any of them may fault.
+    """
+
+    def __init__(self, cpu: "Cpu", segment: seg.Segment, pointer: int, cpl: int):
+        self.cpu = cpu
+        self.segment = segment
+        self.pointer = pointer
+        self.cpl = cpl
+        if cpu.long_mode and cpu.segments[seg.CS].access & seg.LONG:
+            self.mask = MASKS[64]
+        else:
+            self.mask = 0xFFFFFFFF if segment.access & seg.BIG else 0xFFFF
+
+    def push(self, value: int, width: int) -> None:
+        size = width >> 3
+        offset = (self.pointer - size) & self.mask
+        address = offset
+        if self.mask != MASKS[64]:
+            if not self.segment.writable or offset < self.segment.first or offset + size - 1 > self.segment.last:
+                new = self.segment is not self.cpu.segments[seg.SS_]
+                raise GuestFault(SS, self.segment.selector & ~3 if new else 0)
+            address = (self.segment.base + offset) & 0xFFFFFFFF
+        self.cpu.store_as(address, value, width, 4 if self.cpl == 3 else 0)
+        self.pointer = self.pointer & ~self.mask | offset
+
+    def commit(self) -> None:
+        self.cpu.regs[RSP] = self.pointer
+        if self.segment is not self.cpu.segments[seg.SS_]:
+            self.cpu.set_stack_segment(self.segment)
+
+
+# --- Delivery ---------------------------------------------------------------------------------------------------------------
+
+
+def deliver_fault(cpu: "Cpu", fault: GuestFault) -> None:
+    """An exception has stopped the instruction at cpu.ip: call its handler, or a double fault's, or give up.
+
+    Raises TripleFault when even the double fault cannot be delivered.
+    """
+    first = fault
+    for _ in range(2):
+        try:
+            if fault.vector == PF:
+                assert fault.address is not None
+                cpu.cr2 = fault.address
+            cpu.next_ip = cpu.ip
+            deliver(cpu, fault.vector, fault.error_code)
+            cpu.ip = cpu.next_ip
+            return
+        except GuestFault as second:
+            fault = _combine(fault, second)
+    try:
+        cpu.next_ip = cpu.ip
+        deliver(cpu, DF, 0)
+        cpu.ip = cpu.next_ip
+    except GuestFault:
+        raise TripleFault(f"triple fault at {cpu.where()}: {first}") from None
+
+
+def _combine(first: GuestFault, second: GuestFault) -> GuestFault:
+    """What to deliver when delivering `first` raised `second` (SDM vol. 3A, table 6-5)."""
+    if first.vector == DF:
+        raise second
+    benign = first.vector not in CONTRIBUTORY and first.vector != PF
+    if benign or (first.vector in CONTRIBUTORY and second.vector == PF):
+        return second
+    if second.vector in CONTRIBUTORY or second.vector == PF:
+        return GuestFault(DF, 0)
+    return second
+
+
+def deliver_external(cpu: "Cpu", vector: int) -> None:
+    """An interrupt from outside, between two instructions."""
+    cpu.halted = False
+    cpu.next_ip = cpu.ip
+    try:
+        deliver(cpu, vector, None, external=True)
+        cpu.ip = cpu.next_ip
+    except GuestFault as fault:
+        deliver_fault(cpu, fault)
+
+
+def deliver(
+    cpu: "Cpu", vector: int, error_code: Optional[int], software: bool = False, external: bool = False
+) -> None:
+    """Go to the handler of `vector`; cpu.next_ip is the address to come back to, and then that of the handler.
+
+    `software` is an INT n, INT3 or INTO: only those must be allowed by the gate's DPL. Raises GuestFault, with nothing
+    changed but memory below the stack pointer, if the way there is barred.
+    """
+    if not cpu.protected_mode:
+        _deliver_real(cpu, vector)
+        return
+    wide = cpu.long_mode
+    entry_size = 16 if wide else 8
+    reference = vector * 8 | IN_IDT | (0 if software else EXTERNAL * external)
+    if vector * entry_size + entry_size - 1 > cpu.idtr_limit:
+        raise general_protection(reference)
+    address = cpu.idtr_base + vector * entry_size
+    gate = seg.Descriptor(cpu.load_system(address, 64), address)
+    kind = gate.access & (seg.TYPE | seg.CODE_OR_DATA)
+    allowed = (seg.INTERRUPT_GATE32, seg.TRAP_GATE32)
+    if not wide:
+        allowed += (seg.INTERRUPT_GATE16, seg.TRAP_GATE16, seg.TASK_GATE)
+    if kind not in allowed or (software and gate.dpl < cpu.cpl):
+        raise general_protection(reference)
+    if not gate.present:
+        raise GuestFault(NP, reference)
+    if kind == seg.TASK_GATE:
+        raise Unsupported(f"task gate for vector {vector} at {cpu.where()}: hardware task switching")
+
+    offset = gate.raw & 0xFFFF | gate.raw >> 32 & 0xFFFF0000
+    if kind in (seg.INTERRUPT_GATE16, seg.TRAP_GATE16):
+        offset &= 0xFFFF
+    if wide:
+        offset |= cpu.load_system(address + 8, 32) << 32
+    width = 64 if wide else 32 if kind in (seg.INTERRUPT_GATE32, seg.TRAP_GATE32) else 16
+    selector = gate.raw >> 16 & 0xFFFF
+    _enter_handler(cpu, selector, offset, width, error_code, ist=gate.raw >> 32 & 7 if wide else 0, external=external)
+    # An interrupt gate also closes the door behind it; a trap gate leaves IF as it was.
+    cleared = fl.TF | fl.NT | fl.RF | fl.VM
+    if kind in (seg.INTERRUPT_GATE32, seg.INTERRUPT_GATE16):
+        cleared |= fl.IF
+    cpu.system_flags &= ~cleared
+
+
+def _deliver_real(cpu: "Cpu", vector: int) -> None:
+    """Real mode: the IDT is a table of far pointers, offset and segment (SDM vol. 3B, 20.1.4)."""
+    if vector * 4 + 3 > cpu.idtr_limit:
+        raise general_protection()
+    pointer = cpu.load_system(cpu.idtr_base + vector * 4, 32)
+    stack = NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP], cpu.cpl)
+    for value in (cpu.eflags, cpu.segments[seg.CS].selector, cpu.next_ip):
+        stack.push(value, 16)
+    stack.commit()
+    cpu.system_flags &= ~(fl.IF | fl.TF | fl.AC | fl.RF)
+    old = cpu.segments[seg.CS]
+    cpu.set_code_segment(seg.Segment(pointer >> 16, pointer >> 16 << 4, old.limit, old.access), 0)
+    cpu.next_ip = pointer & 0xFFFF
+
+
+def _enter_handler(
+    cpu: "Cpu", selector: int, offset: int, width: int, error_code: Optional[int], ist: int, external: bool
+) -> None:
+    """Check the handler's code segment, change stacks if it is more privileged, push the frame, and go there."""
+    if seg.is_null(selector):
+        raise general_protection(EXTERNAL * external)
+    error_selector = selector & ~3 | EXTERNAL * external
+    descriptor = seg.read_descriptor(cpu, selector)
+    if not descriptor.is_code or descriptor.dpl > cpu.cpl:
+        raise general_protection(error_selector)
+    if cpu.long_mode and not descriptor.access & seg.LONG:
+        raise general_protection(error_selector)
+    if not descriptor.present:
+        raise GuestFault(NP, error_selector)
+    cpl = cpu.cpl if descriptor.access & seg.CONFORMING else descriptor.dpl
+
+    old_ss, old_sp = cpu.segments[seg.SS_], cpu.regs[RSP]
+    if cpu.long_mode:
+        stack = _long_mode_stack(cpu, cpl, ist)
+    elif cpl < cpu.cpl:
+        ss, esp = seg.stack_from_tss(cpu, cpl)
+        stack = NewStack(cpu, seg.stack_segment(cpu, ss, cpl, vector=TS), esp, cpl)
+    else:
+        stack = NewStack(cpu, old_ss, old_sp, cpl)
+    if cpu.long_mode or cpl < cpu.cpl:
+        stack.push(old_ss.selector, width)
+        stack.push(old_sp, width)
+    for value in (cpu.eflags, cpu.segments[seg.CS].selector, cpu.next_ip):
+        stack.push(value, width)
+    if error_code is not None:
+        stack.push(error_code, width)
+
+    code = seg.code_segment(cpu, selector, descriptor, cpl)
+    cpu.set_code_segment(code, cpl)
+    stack.commit()
+    cpu.next_ip = offset
+
+
+def _long_mode_stack(cpu: "Cpu", cpl: int, ist: int) -> NewStack:
+    """In 64-bit mode the stack is always aligned to 16, and may be one of seven special ones (SDM vol. 3A, 6.14.2-5)."""
+    segment, pointer = cpu.segments[seg.SS_], cpu.regs[RSP]
+    if ist or cpl < cpu.cpl:
+        offset = 0x1C + ist * 8 if ist else 4 + cpl * 8
+        if offset + 7 > cpu.tr.limit:
+            raise GuestFault(TS, cpu.tr.selector & ~3)
+        pointer = cpu.load_system(cpu.tr.base + offset, 64)
+    if cpl < cpu.cpl:
+        segment = seg.null_segment(cpl)
+    stack = NewStack(cpu, segment, pointer & ~0xF, cpl)
+    stack.mask = MASKS[64]
+    return stack
+
+
+# --- Return -------------------------------------------------------------------------------------------------------------------
+
+
+def interrupt_return(cpu: "Cpu", width: int) -> None:
+    """IRET, IRETD or IRETQ (SDM vol. 2A): back to the same or an outer privilege level."""
+    size = width >> 3
+    ip, selector, flags = (cpu.peek(index * size, width) for index in range(3))
+    selector &= 0xFFFF
+    if not cpu.protected_mode:
+        if ip > 0xFFFF:
+            raise general_protection()
+        old = cpu.segments[seg.CS]
+        cpu.move_stack_pointer(3 * size)
+        cpu.set_code_segment(seg.Segment(selector, selector << 4, old.limit, old.access), 0)
+        set_flags(cpu, flags, width)
+        cpu.next_ip = ip
+        return
+    if cpu.system_flags & fl.NT:
+        raise Unsupported(f"IRET with the NT flag set at {cpu.where()}: hardware task switching")
+    if flags & fl.VM and cpu.cpl == 0 and not cpu.long_mode and width == 32:
+        raise Unsupported(f"IRET to virtual-8086 mode at {cpu.where()}")
+    code, cpl = _returned_code_segment(cpu, selector)
+    if code.access & seg.LONG and cpu.long_mode:
+        stack_too = True
+    else:
+        if ip > code.last:
+            raise general_protection()
+        stack_too = cpl > cpu.cpl or cpu.code_size == 64
+    if stack_too:
+        rsp, ss_selector = cpu.peek(3 * size, width), cpu.peek(4 * size, width) & 0xFFFF
+        ss = _returned_stack_segment(cpu, ss_selector, cpl, code)
+    set_flags(cpu, flags, width)
+    leaving = cpl > cpu.cpl
+    if not stack_too:
+        cpu.move_stack_pointer(3 * size)
+    cpu.set_code_segment(code, cpl)
+    if stack_too:
+        cpu.set_stack_segment(ss)
+        cpu.regs[RSP] = rsp if ss.access & seg.BIG or cpu.code_size == 64 else cpu.regs[RSP] & ~0xFFFF | rsp & 0xFFFF
+    if leaving:
+        drop_privileged_segments(cpu)
+    cpu.next_ip = ip
+
+
+def _returned_code_segment(cpu: "Cpu", selector: int) -> "tuple[seg.Segment, int]":
+    """The code segment that a far return or IRET goes back to: never to a more privileged level."""
+    if seg.is_null(selector):
+        raise general_protection()
+    cpl = selector & 3
+    descriptor = seg.read_descriptor(cpu, selector)
+    conforming = descriptor.access & seg.CONFORMING
+    wrong_level = descriptor.dpl > cpl if conforming else descriptor.dpl != cpl
+    if not descriptor.is_code or cpl < cpu.cpl or wrong_level:
+        raise general_protection(selector & ~3)
+    return seg.code_segment(cpu, selector, descriptor, cpl), cpl
+
+
+def _returned_stack_segment(cpu: "Cpu", selector: int, cpl: int, code: seg.Segment) -> seg.Segment:
+    """The stack segment on the way back; a null one only for 64-bit code below level 3."""
+    if seg.is_null(selector) and cpu.long_mode and code.access & seg.LONG and cpl < 3:
+        return seg.null_segment(selector)
+    return seg.stack_segment(cpu, selector, cpl)
+
+
+def far_return(cpu: "Cpu", width: int, released: int) -> None:
+    """RETF (SDM vol. 2B): back to the same or an outer level, `released` more bytes of stack with it."""
+    size = width >> 3
+    ip, selector = cpu.peek(0, width), cpu.peek(size, width) & 0xFFFF
+    if not cpu.protected_mode:
+        old = cpu.segments[seg.CS]
+        if ip > old.last:
+            raise general_protection()
+        cpu.move_stack_pointer(2 * size + released)
+        cpu.set_code_segment(seg.Segment(selector, selector << 4, old.limit, old.access), 0)
+        cpu.next_ip = ip
+        return
+    code, cpl = _returned_code_segment(cpu, selector)
+    if not (cpu.long_mode and code.access & seg.LONG) and ip > code.last:
+        raise general_protection()
+    if cpl == cpu.cpl:
+        cpu.move_stack_pointer(2 * size + released)
+        cpu.set_code_segment(code, cpl)
+    else:
+        depth = 2 * size + released
+        rsp, ss_selector = cpu.peek(depth, width), cpu.peek(depth + size, width) & 0xFFFF
+        ss = _returned_stack_segment(cpu, ss_selector, cpl, code)
+        cpu.set_code_segment(code, cpl)
+        cpu.set_stack_segment(ss)
+        cpu.regs[RSP] = rsp
+        cpu.move_stack_pointer(released)
+        drop_privileged_segments(cpu)
+    cpu.next_ip = ip
+
+
+def drop_privileged_segments(cpu: "Cpu") -> None:
+    """On the way out, data segments that the outer level may not use become null (SDM vol. 3A, 5.8.6)."""
+    for index in (seg.ES, seg.DS, seg.FS, seg.GS):
+        segment = cpu.segments[index]
+        conforming = segment.access & seg.CODE and segment.access & seg.CONFORMING
+        if segment.dpl < cpu.cpl and not conforming:
+            cpu.segments[index] = seg.null_segment(0)
+    cpu.update_mode()
+
+
+def set_flags(cpu: "Cpu", value: int, width: int) -> None:
+    """EFLAGS from POPF or IRET: what may change depends on the privilege level (SDM vol. 2B, POPF, table 4-19)."""
+    writable = fl.TF | fl.DF | fl.NT
+    if width > 16:
+        writable |= fl.AC | fl.ID
+    if cpu.cpl == 0:
+        writable |= fl.IOPL
+    if cpu.cpl <= cpu.iopl:
+        writable |= fl.IF
+    cpu.write_eflags(value, writable)
+
+
+# --- Interrupts from outside ------------------------------------------------------------------------------------------------
+
+
+def take_interrupt(cpu: "Cpu") -> bool:
+    """Deliver what is waiting outside, if the processor listens: NMI first, then INTR (SDM vol. 3A, 6.9)."""
+    if cpu.nmi_pending and not cpu.nmi_blocked:
+        cpu.nmi_pending = False
+        cpu.nmi_blocked = True  # until the next IRET
+        deliver_external(cpu, NMI_VECTOR)
+        return True
+    if cpu.interrupt_line and cpu.system_flags & fl.IF:
+        deliver_external(cpu, cpu.acknowledge_interrupt())
+        return True
+    return False
