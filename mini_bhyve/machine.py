@@ -1,0 +1,350 @@
+"""The virtual machine: memory, processor and devices wired together, and the loop that runs them.
+
+Mirrors vm_loop() and the machine-wide part of FreeBSD's usr.sbin/bhyve/bhyverun.c. Who calls whom:
+
+    main thread    run(): pause point -> devices whose time has come -> interrupt -> cpu.run() -> and again
+    IPC thread     the handlers of `commands()`; they bring the main thread to its pause point where they must
+    signals, user  stop()
+
+The machine knows neither the socket nor the files of a snapshot. It offers commands to the one and its parts to the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import mmap
+import os
+import select
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+
+from mini_bhyve import interrupts, loader
+from mini_bhyve import segmentation as seg
+from mini_bhyve.config import Config
+from mini_bhyve.console import Console
+from mini_bhyve.cpu import Cpu
+from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl, Rtc, Uart16550
+from mini_bhyve.faults import TripleFault, VmExit
+from mini_bhyve.flags import IF
+from mini_bhyve.inout import IoPorts
+from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
+from mini_bhyve.memory import GuestMemory
+from mini_bhyve.snapshot import SnapshotError, init_snapshot, vm_checkpoint
+
+NS_PER_SECOND = 1_000_000_000
+
+# Interrupt request lines of a PC.
+IRQ_PIT, IRQ_COM1, IRQ_RTC = 0, 4, 8
+
+# What the guest's calendar says at power-on when its clock is virtual: always the same, so that runs repeat. It is the
+# minute in which the review was posted: 2021-01-16 21:43 UTC.
+VIRTUAL_BOOT_TIME = 1610833380
+
+# The thread that serves the socket gets its turn within this many seconds, even while the guest computes.
+SWITCH_INTERVAL = 0.001
+
+# With the clock tied to the wall's: a guest that fell this far behind is not made to catch up, and one that has got this
+# far ahead waits.
+MAX_LAG_NS = 100_000_000
+MAX_LEAD_NS = 10_000_000
+
+
+class ExitCode(enum.IntEnum):
+    """How a VM ended; bhyve(8)'s exit codes."""
+
+    REBOOT = 0
+    POWEROFF = 1
+    HALT = 2
+    TRIPLE_FAULT = 3
+    ERROR = 4
+    SUSPENDED = 5
+
+
+class Machine:
+    """A VM with one vCPU, built from its configuration. `ram`, if given, is the memory of a snapshot to go on from."""
+
+    ncpus = 1
+
+    def __init__(self, config: Config, console: Console, ram: Optional[mmap.mmap] = None):
+        self.config = config
+        self.console = console
+        self.name = config.require("name")
+        self.memory = GuestMemory(config.get_number("memory.size"), ram)
+        self.ports = IoPorts(strict=config.get_bool("x86.strictio"))
+        self.cpu = Cpu(self.memory, self.ports)
+        self.clock = self.cpu.clock
+        self.wall_clock = config.get("clock") == "wall"
+
+        self.pic = Pic(self.set_interrupt_line)
+        self.pit = Pit(self.clock, self.irq(IRQ_PIT))
+        boot_time = int(time.time()) if self.wall_clock else VIRTUAL_BOOT_TIME
+        self.rtc = Rtc(self.clock, self.irq(IRQ_RTC), boot_time, self.memory.size)
+        self.uart = Uart16550(self.clock, self.irq(IRQ_COM1), console)
+        self.port92 = Port92(self.cpu.set_a20, self.guest_reset)
+        self.reset_control = ResetControl(self.guest_reset)
+        self.cpu.acknowledge_interrupt = self.pic.acknowledge
+        for device in self.port_devices():
+            self.ports.claim(device)
+
+        self.exit_code: Optional[ExitCode] = None
+        self.reason = ""
+        self.stopping = threading.Lock()
+        self.pause = init_snapshot()
+        self.pause_requested = False
+        self.wake_fd, self.kick_fd = os.pipe()
+        for fd in (self.wake_fd, self.kick_fd):
+            os.set_blocking(fd, False)
+        self.anchor_clocks()
+
+    def irq(self, number: int) -> Callable[[bool], None]:
+        """The wire from a device to the interrupt controllers."""
+        return lambda level: self.pic.set_irq(number, level)
+
+    def set_interrupt_line(self, level: bool) -> None:
+        """The controllers' output is the processor's INTR pin."""
+        self.cpu.interrupt_line = level
+
+    def guest_reset(self) -> None:
+        self.stop(ExitCode.REBOOT, "rebooted by the guest")
+
+    def port_devices(self) -> List[Device]:
+        return [self.pic, self.pit, self.rtc, self.uart, self.port92, self.reset_control]
+
+    # --- What a snapshot is made of ---------------------------------------------------------------------------------------
+
+    def kern_structs(self) -> Sequence[Any]:
+        """What FreeBSD keeps in the kernel: the processor, the interrupt controllers, the timers."""
+        return [self.memory, self.clock, self.cpu, self.pic, self.pit, self.rtc]
+
+    def devices(self) -> Sequence[Any]:
+        """What bhyve itself emulates."""
+        return [self.uart, self.port92, self.reset_control]
+
+    def disks(self) -> List[Dict[str, Any]]:
+        """Which disks there are; path and size tell them apart."""
+        return [
+            {"slot": disk.slot, "path": disk.path, "size": os.path.getsize(disk.path)} for disk in self.config.disks()
+        ]
+
+    # --- Loading the first program ------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Put the guest into memory and the processor at its first instruction. Raises LoaderError, OSError."""
+        config = self.config
+        bootrom, kernel, disks = config.get("bootrom"), config.get("kernel"), config.disks()
+        if bootrom:
+            with open(bootrom, "rb") as file:
+                start = loader.load_bootrom(self.memory, file.read())
+        elif kernel:
+            start = loader.load_kernel(self.memory, kernel, config.get("append", ""), config.get("initrd"))
+        elif disks:
+            start = loader.load_boot_sector(self.memory, disks[0].path)
+        else:
+            start = loader.load_flat(self.memory, loader.embedded_guest(config.require("guest")))
+        self.cpu.start(start)
+
+    # --- The run loop ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> ExitCode:
+        """Run the guest until it ends; `reason` then says in words why."""
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        self.pause.checkpoint_cpu_add(0)
+        self.anchor_clocks()
+        try:
+            while self.exit_code is None:
+                self.run_once()
+        except TripleFault as end:
+            self.stop(ExitCode.TRIPLE_FAULT, str(end))
+        except VmExit as end:
+            self.stop(ExitCode.ERROR, str(end))
+        finally:
+            self.pause.checkpoint_cpu_remove(0)
+        assert self.exit_code is not None
+        return self.exit_code
+
+    def run_once(self) -> None:
+        """One turn: whatever asks for attention, and then guest code until something is due."""
+        cpu = self.cpu
+        cpu.attention = False  # before looking what it is about: who asks again sets it again
+        if self.pause_requested:
+            self.pause_point()
+            return
+        deadline = self.advance_devices()
+        if cpu.retired >= cpu.interrupts_from:
+            interrupts.take_interrupt(cpu)
+        if cpu.halted:
+            self.wait_for_event(deadline)
+            return
+        limit = sys.maxsize if deadline is None else self.clock.instruction_at(deadline)
+        if cpu.retired < cpu.interrupts_from:
+            limit = min(limit, cpu.interrupts_from)
+        if self.wall_clock:
+            self.keep_pace()
+        cpu.run(limit)
+
+    def advance_devices(self) -> Optional[int]:
+        """Let every device do what is due now; returns when (ns) the next thing is due, None if nothing ever is."""
+        now = self.clock.now
+        earliest = None
+        for device in (self.pit, self.rtc, self.uart):
+            deadline = device.deadline
+            if deadline is not None and deadline <= now:
+                device.advance(now)
+                deadline = device.deadline
+            if deadline is not None and (earliest is None or deadline < earliest):
+                earliest = deadline
+        return earliest
+
+    def wait_for_event(self, deadline: Optional[int]) -> None:
+        """The processor is halted: go on to the next event, or end if none can wake it."""
+        cpu = self.cpu
+        if not cpu.system_flags & IF:
+            self.stop(ExitCode.HALT, f"halted with interrupts off at {cpu.where()}")
+        elif deadline is None:
+            self.sleep(None)
+        elif self.wall_clock:
+            self.sleep(deadline)
+        else:
+            self.clock.skip_to(deadline)
+
+    # --- The clock on the wall ------------------------------------------------------------------------------------------------
+
+    def anchor_clocks(self) -> None:
+        """From here on a virtual second shall last a second."""
+        self.anchor = time.monotonic_ns() - self.clock.now
+
+    def wall_now(self) -> int:
+        """The virtual time (ns) that it should be by the clock on the wall."""
+        return time.monotonic_ns() - self.anchor
+
+    def keep_pace(self) -> None:
+        """Wait if the guest runs ahead of the wall clock; forgive it if it has fallen far behind."""
+        lead = self.clock.now - self.wall_now()
+        if lead > MAX_LEAD_NS:
+            select.select([self.wake_fd], [], [], lead / NS_PER_SECOND)
+        elif lead < -MAX_LAG_NS:
+            self.anchor_clocks()
+
+    def sleep(self, deadline: Optional[int]) -> None:
+        """Sleep until the wall clock says `deadline`, input arrives or kick() is called."""
+        timeout = None
+        if deadline is not None:
+            timeout = max(0, deadline - self.wall_now()) / NS_PER_SECOND
+        descriptors = [self.wake_fd]
+        if self.console.wait_fd is not None:
+            descriptors.append(self.console.wait_fd)
+        select.select(descriptors, [], [], timeout)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_fd, 4096)
+        now = self.wall_now()
+        self.clock.skip_to(now if deadline is None else min(now, deadline))
+        if now - self.clock.now > MAX_LAG_NS:
+            self.anchor_clocks()
+
+    # --- Stopping and pausing, from any thread ----------------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        """Bring the vCPU out of its guest, or out of its sleep, soon."""
+        self.cpu.attention = True
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.kick_fd, b"k")
+
+    def stop(self, exit_code: ExitCode, reason: str) -> None:
+        """End the VM: no further instruction is executed after the present one. The first reason counts."""
+        with self.stopping:
+            if self.exit_code is None:
+                self.exit_code, self.reason = exit_code, reason
+        self.console.unblock()
+        self.pause.vm_vcpu_resume()
+        self.kick()
+
+    def suspended(self) -> None:
+        """End the VM because it has been saved."""
+        self.stop(ExitCode.SUSPENDED, "suspended")
+
+    def suspend_all(self) -> None:
+        """Ask the vCPU to come to its pause point; it will within about a millisecond."""
+        self.pause_requested = True
+        self.kick()
+
+    def pause_point(self) -> None:
+        """Stand still, between two instructions, as long as the VM is paused."""
+        self.pause_requested = False
+        self.pause.checkpoint_cpu_suspend(0)
+        self.pause.checkpoint_cpu_resume(0)
+        self.anchor_clocks()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The guest stands still while this lasts; one that did before goes on standing still."""
+        already = self.pause.paused
+        if not already:
+            self.pause.vm_vcpu_pause(self.suspend_all)
+        try:
+            yield
+        finally:
+            if not already:
+                self.pause.vm_vcpu_resume()
+
+    # --- Commands, run by the thread that serves the socket -----------------------------------------------------------------------
+
+    def commands(self) -> Dict[IpcOpcode, Callable[[IpcMessage], Optional[Dict[str, Any]]]]:
+        """What the VM can be asked for. A handler returns the answer, and raises IpcError to refuse."""
+        return {
+            IpcOpcode.START_CHECKPOINT: lambda message: self.checkpoint(message, stop_vm=False),
+            IpcOpcode.START_SUSPEND: lambda message: self.checkpoint(message, stop_vm=True),
+            IpcOpcode.STATUS: self.status,
+            IpcOpcode.REGS: self.registers,
+            IpcOpcode.PAUSE: self.pause_command,
+            IpcOpcode.RESUME: self.resume_command,
+            IpcOpcode.POWEROFF: lambda message: self.stop(ExitCode.POWEROFF, "powered off"),
+            IpcOpcode.RESET: lambda message: self.stop(ExitCode.REBOOT, "reset"),
+            IpcOpcode.INJECT_NMI: self.inject_nmi,
+            IpcOpcode.DESTROY: lambda message: self.stop(ExitCode.ERROR, "destroyed"),
+        }
+
+    def checkpoint(self, message: IpcMessage, stop_vm: bool) -> None:
+        if not self.config.get_bool("snapshot"):
+            raise IpcError("this VM was started without snapshots (snapshot=false)")
+        try:
+            vm_checkpoint(self, message.filename(), stop_vm)
+        except SnapshotError as error:
+            raise IpcError(str(error)) from error
+
+    def pause_command(self, message: IpcMessage) -> None:
+        if self.pause.paused:
+            raise IpcError("the VM is paused already")
+        self.pause.vm_vcpu_pause(self.suspend_all)
+
+    def resume_command(self, message: IpcMessage) -> None:
+        if not self.pause.paused:
+            raise IpcError("the VM is not paused")
+        self.pause.vm_vcpu_resume()
+
+    def inject_nmi(self, message: IpcMessage) -> None:
+        self.cpu.nmi_pending = True
+        self.kick()
+
+    def status(self, message: IpcMessage) -> Dict[str, Any]:
+        cpu = self.cpu
+        return {
+            "name": self.name,
+            "state": "paused" if self.pause.paused else "halted" if cpu.halted else "running",
+            "pid": os.getpid(),
+            "ncpus": self.ncpus,
+            "memory": self.memory.size,
+            "instructions": cpu.retired,
+            "time_ns": self.clock.now,
+            "rip": cpu.ip,
+            "mode": cpu.describe_mode(),
+            "snapshot": self.config.get_bool("snapshot"),
+            "active_cpus": sorted(self.pause.vcpus_active),
+            "suspended_cpus": sorted(self.pause.vcpus_suspended),
+        }
+
+    def registers(self, message: IpcMessage) -> Dict[str, int]:
+        with self.paused():
+            return self.cpu.register_values()
