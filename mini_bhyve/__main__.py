@@ -216,10 +216,10 @@ def run_vm(config: Config, snapshot_path: str | None) -> int:
     snapshot = None
     if snapshot_path is not None:
         snapshot = load_snapshot(snapshot_path)
-        take_from_snapshot(config, snapshot, snapshot_path)
+        take_from_snapshot(config, snapshot)
     with open_console(config.require("lpc.com1.path")) as console:
         choose_clock(config, console)
-        machine = Machine(config, console, memory=snapshot.memory if snapshot else None)
+        machine = Machine(config, console, ram=snapshot.ram if snapshot else None)
         if snapshot:
             snapshot.restore(machine)
         else:
@@ -238,16 +238,16 @@ def run_vm(config: Config, snapshot_path: str | None) -> int:
     return exit_code
 
 
-def take_from_snapshot(config: Config, snapshot: Snapshot, path: str) -> None:
+def take_from_snapshot(config: Config, snapshot: Snapshot) -> None:
     """The name comes from the snapshot unless the command line gives one; the size of memory cannot be changed."""
     if "name" not in config:
-        config.set("name", snapshot.name)
-    if "memory.size" in config and config.get_number("memory.size") != snapshot.memory_size:
+        config.set("name", snapshot.vmname)
+    if "memory.size" in config and config.get_number("memory.size") != snapshot.memsize:
         raise SnapshotError(
-            f"{path}: the snapshot has {snapshot.memory_size >> 10}K of memory, "
-            f"the command line asks for {config.get_number('memory.size') >> 10}K"
+            f"{snapshot.path} is of a VM with {snapshot.memsize >> 10}K of memory, "
+            f"but this one is to have {config.get_number('memory.size') >> 10}K"
         )
-    config.set("memory.size", f"{snapshot.memory_size >> 10}K")
+    config.set("memory.size", f"{snapshot.memsize >> 10}K")
 
 
 def choose_clock(config: Config, console: Console) -> None:
