@@ -27,6 +27,7 @@ autodoc_default_options = {
 }
 autodoc_typehints = "none"  # the signature in the source says it, and the source is one link away
 default_role = "code"
+smartquotes_action = "qe"  # quotes and dots; the dashes of `--json` stay what they are
 exclude_patterns = ["_build"]
 
 html_theme = "furo"

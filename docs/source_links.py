@@ -1,15 +1,19 @@
 """A Sphinx extension: the role :src:`ipc.init_ipc` links to the source of a name of ours, in this documentation.
 
-The name is looked up in the code when the pages are built, and one that is not there stops the build: so the pages
-cannot speak of functions that are gone.
+The name is looked up in the code when the pages are built, and the link in the pages when they are there; what is not
+there stops the build. So the pages cannot speak of functions that are gone.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 
 from docutils import nodes
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
 
 
 def find(name: str):
@@ -36,12 +40,24 @@ def src(role, rawtext, text, lineno, inliner, options=None, content=()):
     except (ImportError, AttributeError) as error:
         return [], [inliner.reporter.error(f"no such name in the code: {text} ({error})", line=lineno)]
     page = "_modules/" + module.replace(".", "/")
-    anchor = "#" + text.partition(".")[2] if inspect.isclass(target) or inspect.isroutine(target) else ""
-    link = nodes.reference(rawtext, internal=True, refuri=env.app.builder.get_relative_uri(env.docname, page) + anchor)
+    anchor = text.partition(".")[2] if inspect.isclass(target) or inspect.isroutine(target) else ""
+    env.app.source_links.add((text, page, anchor))
+    address = env.app.builder.get_relative_uri(env.docname, page) + (f"#{anchor}" if anchor else "")
+    link = nodes.reference(rawtext, internal=True, refuri=address)
     link += nodes.literal(text, text)
     return [link], []
 
 
+def check_links(app, failure):
+    """When the pages are written: is there what the links lead to?"""
+    for text, page, anchor in sorted(app.source_links) if not failure else ():
+        file = Path(app.outdir, f"{page}.html")
+        if not file.exists() or (anchor and f'id="{anchor}"' not in file.read_text(encoding="utf-8")):
+            logger.warning("the link to the source of %s leads nowhere", text)
+
+
 def setup(app):
+    app.source_links = set()
     app.add_role("src", src)
-    return {"parallel_read_safe": True}
+    app.connect("build-finished", check_links)
+    return {"parallel_read_safe": False}
