@@ -3,8 +3,11 @@
 Each device mirrors a data sheet, under the data sheet's names, and the file of FreeBSD's bhyve that does the same job:
 
     Pic            two Intel 8259A, cascaded                             sys/amd64/vmm/io/vatpic.c
+    Pit            Intel 8254, and port 61h                              sys/amd64/vmm/io/vatpit.c
     Port92         IBM PS/2 "system control port A"                      (bhyve's A20 gate is always open)
     ResetControl   Intel 82371SB (PIIX3), reset control register         usr.sbin/bhyve/pm.c
+
+The serial port is in uart.py and the clock in rtc.py.
 
 Time is `clock.now`, whole nanoseconds of virtual time since power-on. Nothing here ticks: a device keeps the instant at
 which something began and works out, when it is asked, what has become of it. So it does not matter how often or how
@@ -323,6 +326,307 @@ class Pic(Device):
     def snapshot(self, state: State) -> None:
         self.master.snapshot(state, "master")
         self.slave.snapshot(state, "slave")
+
+
+# ---- 8254: the interval timer ----------------------------------------------------------------------------------------
+#
+#   control word (port 43h):   SC1 SC0 | RW1 RW0 | M2 M1 M0 | BCD
+#   SC: counter 0, 1, 2, or 3 = read-back command.  RW: 0 = latch the count, 1 = LSB, 2 = MSB, 3 = LSB then MSB.
+#
+#   read-back command:   1 1 | COUNT# STATUS# | CNT2 CNT1 CNT0 | 0         latches both of any counters (# : when clear)
+#   status byte:         OUTPUT NULL | RW1 RW0 | M2 M1 M0 | BCD            NULL: what was written is not counting yet
+
+PIT_HZ = 1193182  # a twelfth of the 14.31818 MHz crystal
+SC_READ_BACK = 3
+RW_LATCH, RW_LSB, RW_MSB, RW_BOTH = 0, 1, 2, 3
+NOT_COUNT, NOT_STATUS = 0x20, 0x10
+STATUS_OUTPUT, STATUS_NULL = 0x80, 0x40
+
+PORT61_GATE2 = 0x01  # gate of counter 2
+PORT61_STORED = 0x0F  # ... speaker data, and the two NMI enables
+PORT61_REFRESH = 0x10  # toggles with each refresh of a PC's DRAM: every 18 clocks, as a BIOS sets counter 1
+PORT61_OUT2 = 0x20
+REFRESH_CLOCKS = 18
+
+
+class Counter:
+    """One of the 8254's counters. Its time is the number of the last CLK pulse since power-on, called `clk`.
+
+    What counts is the counting element, CE; what the guest writes goes to the count register, CR, and from there to CE
+    at some later CLK pulse. CE is not stepped: it is known what was loaded when, and all else follows (8254 data sheet,
+    "Mode definitions"; N is the count, n the pulses since it was loaded):
+
+        mode 0, 1   OUT rises when n = N           CE = N - n, and on through FFFFh
+        mode 2      OUT low while CE = 1           CE = N, N-1 .. 1, N ..
+        mode 3      OUT high for (N+1)/2, then low CE = N (odd: N-1) less 2 a pulse, from the start in each half
+        mode 4, 5   OUT low while n = N            CE as in mode 0
+
+    Modes 1 and 5 load CE when GATE rises, 2 and 3 then as well; a low GATE stops all the others.
+    """
+
+    def __init__(self, gate: bool) -> None:
+        self.gate = gate
+        self.control = RW_BOTH << 4 | 3 << 1  # undefined at power-on; mode 3 has OUT high
+        self.null_count = True
+        self.count_register = 0  # CR; 0 from a control word to the first count
+        self.load_at: int | None = None  # the pulse that will take CR to CE
+        self.first_byte: int | None = None  # LSB of a count whose MSB is still to come
+        self.msb_next = False  # which byte a read gives, if both are wanted
+        self.latched_count: int | None = None
+        self.latched_status: int | None = None
+        # CE:
+        self.loaded = False  # false: it stands, and OUT is as the control word left it
+        self.count = 0x10000  # N, 1 to 10000h
+        self.counted = 0  # n ...
+        self.counted_at = 0  # ... at this pulse; more since, if GATE lets it
+
+    @property
+    def mode(self) -> int:
+        mode = self.control >> 1 & 7
+        return mode & 3 if mode & 2 else mode  # modes 6 and 7 are 2 and 3
+
+    @property
+    def modulus(self) -> int:
+        return 10000 if self.control & 1 else 0x10000
+
+    def _counted(self, clk: int) -> int:
+        running = self.loaded and (self.gate or self.mode in (1, 5))
+        return self.counted + (clk - self.counted_at if running else 0)
+
+    @property
+    def _high_half(self) -> int:
+        return (self.count + 1) // 2
+
+    def value(self, clk: int) -> int:
+        """CE, as a number whatever the code it is read in."""
+        n = self._counted(clk)
+        if not self.loaded:
+            value = self.count
+        elif self.mode == 2:
+            value = self.count - n % self.count
+        elif self.mode == 3:
+            n %= self.count
+            value = (self.count & ~1) - 2 * (n if n < self._high_half else n - self._high_half)
+        else:
+            value = self.count - n
+        return value % self.modulus
+
+    def out(self, clk: int) -> bool:
+        if not self.loaded:
+            return self.mode != 0
+        n = self._counted(clk)
+        if self.mode == 2:
+            return n % self.count != self.count - 1
+        if self.mode == 3:
+            return n % self.count < self._high_half
+        return n >= self.count if self.mode in (0, 1) else n != self.count
+
+    def next_rise(self, clk: int) -> int | None:
+        """The first pulse after `clk` at which OUT goes high, if GATE and CR are left alone."""
+        if not self.loaded:
+            return None
+        n = self._counted(clk)
+        if self.mode in (2, 3):
+            return clk + self.count - n % self.count
+        last = self.count if self.mode in (0, 1) else self.count + 1
+        return clk + last - n if n < last else None
+
+    def catch_up(self, clk: int) -> None:
+        """Take CR to CE, if a pulse up to `clk` does so."""
+        if self.load_at is None or clk < self.load_at:
+            return
+        # Mode 3 takes a new count in the middle of a cycle, too: what comes then is the low half.
+        middle = self.mode == 3 and self.loaded and self._counted(self.load_at) % self.count == self._high_half
+        self.count = self.count_register
+        self.counted = self._high_half if middle else 0
+        self.counted_at = self.load_at
+        self.loaded = True
+        self.null_count = False
+        self.load_at = None
+
+    def _stop(self, clk: int) -> None:
+        """CE stands at the value it has until it is loaded again."""
+        self.count = self.value(clk) or self.modulus
+        self.counted = 0
+        self.loaded = False
+        self.load_at = None
+
+    def set_gate(self, gate: bool, clk: int) -> None:
+        if gate == self.gate:
+            return
+        if self.mode in (0, 4):
+            self.counted, self.counted_at = self._counted(clk), clk
+        elif self.mode in (2, 3):
+            self._stop(clk)
+        self.gate = gate
+        if gate and self.count_register and self.mode not in (0, 4):
+            self.load_at = clk + 1
+
+    def write_control(self, control: int, clk: int) -> None:
+        self._stop(clk)
+        self.control = control
+        self.null_count = True
+        self.count_register = 0
+        self.first_byte = self.latched_count = self.latched_status = None
+        self.msb_next = False
+
+    def write(self, byte: int, clk: int) -> None:
+        """A byte for CR, as RW has it."""
+        access = self.control >> 4
+        if access == RW_BOTH and self.first_byte is None:
+            self.first_byte = byte
+            if self.mode == 0:
+                self._stop(clk)
+            return
+        if access == RW_BOTH and self.first_byte is not None:
+            written = byte << 8 | self.first_byte
+            self.first_byte = None
+        else:
+            written = byte << 8 if access == RW_MSB else byte
+        if self.control & 1:
+            written = sum((written >> 4 * i & 0xF) * 10**i for i in range(4))
+        self.count_register = written or self.modulus
+        self.null_count = True
+        if self.mode in (2, 3):
+            self.count_register = max(2, self.count_register)  # a count of 1 is forbidden here
+        if self.mode == 0:
+            self._stop(clk)
+        if self.mode in (0, 4) or self.mode in (2, 3) and not self.loaded:
+            self.load_at = clk + 1
+        elif self.mode in (2, 3) and self.gate:
+            # At the end of the cycle; in mode 3, of the half cycle.
+            n = self._counted(clk) % self.count
+            self.load_at = clk - n + (self._high_half if self.mode == 3 and n < self._high_half else self.count)
+
+    def latch_count(self, clk: int) -> None:
+        if self.latched_count is None:
+            self.latched_count = self.value(clk)
+
+    def latch_status(self, clk: int) -> None:
+        if self.latched_status is None:
+            output = STATUS_OUTPUT if self.out(clk) else 0
+            self.latched_status = output | (STATUS_NULL if self.null_count else 0) | self.control
+
+    def read(self, clk: int) -> int:
+        """The latched status; else the latched count, or CE as it is, a byte at a time as RW has it."""
+        if self.latched_status is not None:
+            status, self.latched_status = self.latched_status, None
+            return status
+        value = self.value(clk) if self.latched_count is None else self.latched_count
+        if self.control & 1:
+            value = int(str(value), 16)  # binary-coded decimal
+        access = self.control >> 4
+        msb = self.msb_next if access == RW_BOTH else access == RW_MSB
+        self.msb_next = access == RW_BOTH and not self.msb_next
+        if not self.msb_next:
+            self.latched_count = None
+        return value >> 8 if msb else value & 0xFF
+
+    def snapshot(self, state: State, counter: str) -> None:
+        self.gate = state.flag(counter + ".gate", self.gate)
+        self.control = state.u8(counter + ".control", self.control)
+        self.null_count = state.flag(counter + ".null_count", self.null_count)
+        self.count_register = state.u32(counter + ".count_register", self.count_register)
+        self.load_at = state.optional_u64(counter + ".load_at", self.load_at)
+        self.first_byte = state.optional_u64(counter + ".first_byte", self.first_byte)
+        self.msb_next = state.flag(counter + ".msb_next", self.msb_next)
+        self.latched_count = state.optional_u64(counter + ".latched_count", self.latched_count)
+        self.latched_status = state.optional_u64(counter + ".latched_status", self.latched_status)
+        self.loaded = state.flag(counter + ".loaded", self.loaded)
+        self.count = state.u32(counter + ".count", self.count)
+        self.counted = state.u64(counter + ".counted", self.counted)
+        self.counted_at = state.u64(counter + ".counted_at", self.counted_at)
+        bytes_held = (self.first_byte or 0, self.latched_status or 0)
+        if not 0 < self.count <= 0x10000 or max(bytes_held) > 0xFF or (self.latched_count or 0) > 0xFFFF:
+            raise ValueError(f"{counter} holds more than its bits")
+
+
+class Pit(Device):
+    """An 8254 as a PC has it: counter 0 on IRQ0, counter 1 unused, counter 2 gated and read by port 61h.
+
+    The 8259A's input is edge triggered, so `set_irq` is driven by the rises of OUT 0: low, then high. The line is let
+    fall only when the guest programs OUT 0 low (mode 0), not at every half cycle: half as many events, and a tick that
+    waits for the CPU is not lost. If several rises are overdue, the line rises once.
+    """
+
+    name = "vatpit"
+    ports = (0x40, 0x41, 0x42, 0x43, 0x61)
+
+    def __init__(self, clock: Clock, set_irq: Callable[[bool], object]) -> None:
+        self.clock = clock
+        self.set_irq = set_irq
+        self.counters = [Counter(gate=True), Counter(gate=True), Counter(gate=False)]
+        self.port61 = 0
+        self.clk = 0  # the pulse up to which OUT 0 has been looked at
+
+    @staticmethod
+    def _clk(now: int) -> int:
+        return now * PIT_HZ // SECOND
+
+    @property
+    def deadline(self) -> int | None:
+        counter = self.counters[0]
+        events = [clk for clk in (counter.load_at, counter.next_rise(self.clk)) if clk is not None]
+        return -(-min(events) * SECOND // PIT_HZ) if events else None  # rounded up: not before the pulse
+
+    def advance(self, now: int) -> None:
+        clk = self._clk(now)
+        counter = self.counters[0]
+        risen = False
+        if counter.load_at is not None and counter.load_at <= clk:
+            rise = counter.next_rise(self.clk)
+            risen = rise is not None and rise <= counter.load_at
+            self.clk = counter.load_at
+        for each in self.counters:
+            each.catch_up(clk)
+        rise = counter.next_rise(self.clk)
+        self.clk = clk
+        if risen or rise is not None and rise <= clk:
+            self.set_irq(False)
+            self.set_irq(True)
+
+    def inb(self, port: int) -> int:
+        self.advance(self.clock.now)
+        if port == 0x43:
+            return 0xFF  # the control word cannot be read
+        if port == 0x61:
+            refresh = PORT61_REFRESH if self.clk // REFRESH_CLOCKS & 1 else 0
+            return self.port61 | refresh | (PORT61_OUT2 if self.counters[2].out(self.clk) else 0)
+        return self.counters[port - 0x40].read(self.clk)
+
+    def outb(self, port: int, value: int) -> None:
+        self.advance(self.clock.now)
+        out0 = self.counters[0].out(self.clk)
+        if port == 0x43:
+            self._write_control(value)
+        elif port == 0x61:
+            self.port61 = value & PORT61_STORED
+            self.counters[2].set_gate(bool(value & PORT61_GATE2), self.clk)
+        else:
+            self.counters[port - 0x40].write(value, self.clk)
+        if self.counters[0].out(self.clk) != out0:
+            self.set_irq(False)
+            self.set_irq(not out0)
+
+    def _write_control(self, value: int) -> None:
+        select = value >> 6
+        if select == SC_READ_BACK:
+            for i, counter in enumerate(self.counters):
+                if value & 2 << i:
+                    if not value & NOT_COUNT:
+                        counter.latch_count(self.clk)
+                    if not value & NOT_STATUS:
+                        counter.latch_status(self.clk)
+        elif value >> 4 & 3 == RW_LATCH:
+            self.counters[select].latch_count(self.clk)
+        else:
+            self.counters[select].write_control(value & 0x3F, self.clk)
+
+    def snapshot(self, state: State) -> None:
+        for i, counter in enumerate(self.counters):
+            counter.snapshot(state, f"counter{i}")
+        self.port61 = state.u8("port61", self.port61)
+        self.clk = state.u64("clk", self.clk)
 
 
 # ---- The two ports that reset the machine ----------------------------------------------------------------------------
