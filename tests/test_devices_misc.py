@@ -1,12 +1,16 @@
-"""Port 92h and port CF9h."""
+"""Port 92h and port CF9h, and what holds for every device."""
 
 from __future__ import annotations
 
-from device_tools import restore, save, unhurried
+import pytest
+from device_tools import HandClock, restore, save, unhurried
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_bhyve.devices import Port92, ResetControl
+from mini_bhyve.devices import Pic, Pit, Port92, ResetControl
+from mini_bhyve.rtc import Rtc
+from mini_bhyve.snapshot_state import SnapshotError, restore_state, save_state
+from mini_bhyve.uart import Uart16550
 
 
 class Calls:
@@ -83,3 +87,77 @@ def test_a_restored_port_goes_on_as_the_saved_one_does(is_port92, before, after)
         copy.outb(port, value)
         assert copy.inb(port) == device.inb(port)
     assert (copy_calls.a20, copy_calls.resets) == (calls.a20, calls.resets)
+
+
+# ---- Every device
+
+
+class Deaf:
+    def read(self, limit: int) -> bytes:
+        return b""
+
+    def write(self, data: bytes) -> None:
+        pass
+
+
+def one_of_each() -> list:
+    clock, calls = HandClock(), Calls()
+
+    def line(level: bool) -> None:
+        pass
+
+    return [
+        Pic(line),
+        Pit(clock, line),
+        Rtc(clock, line, 0, 64 << 20),
+        Uart16550(clock, line, Deaf()),
+        Port92(calls.set_a20, calls.reset),
+        ResetControl(calls.reset),
+    ]
+
+
+def test_names_and_ports_are_unique():
+    devices = one_of_each()
+    names = [device.name for device in devices]
+    ports = [port for device in devices for port in device.ports]
+    assert len(set(names)) == len(names) and len(set(ports)) == len(ports)
+
+
+@pytest.mark.parametrize("device", one_of_each(), ids=lambda device: device.name)
+def test_any_byte_can_be_written_to_any_port_and_reads_give_bytes(device):
+    for value in (0x00, 0x5A, 0xFF):
+        for port in device.ports:
+            device.outb(port, value)
+            assert 0 <= device.inb(port) <= 0xFF
+
+
+@pytest.mark.parametrize("device", one_of_each(), ids=lambda device: device.name)
+def test_a_device_saved_and_restored_by_the_snapshot_code_saves_the_same_again(device):
+    for port in device.ports:
+        device.outb(port, 0x36)
+    fields = save_state(device)
+    fresh = next(other for other in one_of_each() if other.name == device.name)
+    assert save_state(fresh) != fields
+    restore_state(fresh, fields)
+    assert save_state(fresh) == fields
+
+
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        ("vatpit", "counter0.count", 0),
+        ("vatpit", "counter1.count", 0x10001),
+        ("vatpit", "counter2.latched_status", 0x100),
+        ("vatpit", "counter2.latched_count", 0x10000),
+        ("vrtc", "cells", bytes(127)),
+        ("vrtc", "index", 0x80),
+        ("uart-com1", "received", bytes(17)),
+        ("uart-com1", "base", 0x2F8),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(name, field, value):
+    device = next(device for device in one_of_each() if device.name == name)
+    fields = save_state(device)
+    assert field in fields
+    with pytest.raises(SnapshotError, match=name):
+        restore_state(device, {**fields, field: value})
