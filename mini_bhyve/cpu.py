@@ -159,12 +159,15 @@ class Cpu:
     def flush_tlb(self) -> None:
         """Forget all translations, and which code lies at which address."""
         self.mmu.flush()
-        for code in self.code_by_mode.values():
-            code.clear()
+        self.forget_code()
 
     def forget_page(self, linear: int) -> None:
         """INVLPG."""
         self.mmu.forget_page(linear)
+        self.forget_code()
+
+    def forget_code(self) -> None:
+        """Which code lies at which address has to be found out again."""
         for code in self.code_by_mode.values():
             code.clear()
 
@@ -505,41 +508,38 @@ class Cpu:
             raise Unsupported(f"single-step (EFLAGS.TF) at {self.where()}")
         while self.retired < limit and not self.attention:
             try:
-                block = self.code[self.ip]
-            except KeyError:
-                block = None
-            try:
-                if block is None or not block.steps:
+                try:
+                    block = self.code[self.ip]
+                except KeyError:
+                    self.running = None
                     block = self.find_block()
-                steps = block.steps
-                count = len(steps)
-                if count > limit - self.retired:
-                    count = limit - self.retired
-                    steps = itertools.islice(steps, count)
                 self.running = block
-                for definition, arguments, next_ip in steps:
-                    self.next_ip = next_ip
+                steps = block.steps
+                end = self.retired + block.length
+                if end > limit:
+                    end = limit
+                    steps = itertools.islice(steps, limit - self.retired)
+                for definition, arguments, self.next_ip in steps:
                     definition(*arguments)
+                # A block that wrote into itself has been emptied, and ended early.
+                self.retired = end if block.steps else self.retired + self.steps_done(block)
+                self.ip = self.next_ip
             except GuestFault as fault:
-                self.retire_until_fault(block)
+                self.undo_until_fault()
                 interrupts.deliver_fault(self, fault)
-                continue
             except VmExit:
-                self.retire_until_fault(block)
+                self.undo_until_fault()
                 raise
-            self.running = None
-            # A block that wrote into itself was emptied, and ended early.
-            self.retired += count if block.steps else self.steps_done(block)
-            self.ip = self.next_ip
+        self.running = None
 
-    def retire_until_fault(self, block: Optional[Block]) -> None:
-        """The running instruction did not happen: go back to where it begins."""
-        if self.running is not None and block is not None:
+    def undo_until_fault(self) -> None:
+        """The running instruction did not happen: the processor stands where it begins. It counts all the same."""
+        block, self.running = self.running, None
+        if block is not None:
             index = block.next_ips.index(self.next_ip)
             self.retired += index
             self.ip = block.ips[index]
         self.retired += 1
-        self.running = None
 
     def steps_done(self, block: Block) -> int:
         """How far a block came that was dropped while it ran."""
@@ -613,3 +613,4 @@ class Cpu:
             self.mmu.code_frames[frame] = kept
         else:
             del self.mmu.code_frames[frame]
+        self.forget_code()

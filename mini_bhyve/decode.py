@@ -47,10 +47,11 @@ class Block:
     one begins.
     """
 
-    __slots__ = ("ips", "next_ips", "ranges", "steps")
+    __slots__ = ("ips", "length", "next_ips", "ranges", "steps")
 
     def __init__(self, steps: List[Step], ips: Tuple[int, ...], ranges: List[Tuple[int, int]]):
         self.steps = steps
+        self.length = len(steps)
         self.ips = ips
         self.next_ips = tuple(next_ip for _, _, next_ip in steps)
         self.ranges = ranges  # of bytes in RAM that it was made from: start and end of each

@@ -44,29 +44,33 @@ FlagSource = Tuple[int, int, int, int, int]
 EVEN_PARITY = tuple(bin(byte).count("1") % 2 == 0 for byte in range(256))
 
 
-def zero(kind, a, b, result, width):
+def zero(flags):
     """ZF: the result is zero."""
+    kind, a, _, result, _ = flags
     if kind == EXPLICIT:
         return a & ZF != 0
     return result == 0
 
 
-def sign(kind, a, b, result, width):
+def sign(flags):
     """SF: the top bit of the result."""
+    kind, a, _, result, width = flags
     if kind == EXPLICIT:
         return a & SF != 0
     return result >> (width - 1) != 0
 
 
-def parity(kind, a, b, result, width):
+def parity(flags):
     """PF: the low byte of the result has an even number of ones."""
+    kind, a, _, result, _ = flags
     if kind == EXPLICIT:
         return a & PF != 0
     return EVEN_PARITY[result & 0xFF]
 
 
-def carry(kind, a, b, result, width):
+def carry(flags):
     """CF: the unsigned result did not fit."""
+    kind, a, b, result, width = flags
     if kind == SUB:
         return a < b
     if kind == ADD:
@@ -84,8 +88,9 @@ def carry(kind, a, b, result, width):
     return ((~a & b) | ((~a | b) & result)) >> top & 1 != 0
 
 
-def overflow(kind, a, b, result, width):
+def overflow(flags):
     """OF: the signed result did not fit."""
+    kind, a, b, result, width = flags
     if kind == SUB or kind == SBB:
         # Operands of different sign, and the result's sign is not the first one's.
         return ((a ^ b) & (a ^ result)) >> (width - 1) != 0
@@ -103,8 +108,9 @@ def overflow(kind, a, b, result, width):
     return a & OF != 0
 
 
-def adjust(kind, a, b, result, width):
+def adjust(flags):
     """AF: a carry out of bit 3, for decimal arithmetic. (The manual leaves it undefined after logic and shifts: here, 0.)"""
+    kind, a, b, result, _ = flags
     if kind == EXPLICIT:
         return a & AF != 0
     if kind == INC:
@@ -116,15 +122,15 @@ def adjust(kind, a, b, result, width):
     return (a ^ b ^ result) & 0x10 != 0
 
 
-def arithmetic_flags(source: FlagSource) -> int:
+def arithmetic_flags(flags: FlagSource) -> int:
     """The six arithmetic flags at their places in EFLAGS."""
     return (
-        carry(*source) * CF
-        | parity(*source) * PF
-        | adjust(*source) * AF
-        | zero(*source) * ZF
-        | sign(*source) * SF
-        | overflow(*source) * OF
+        carry(flags) * CF
+        | parity(flags) * PF
+        | adjust(flags) * AF
+        | zero(flags) * ZF
+        | sign(flags) * SF
+        | overflow(flags) * OF
     )
 
 
@@ -134,40 +140,61 @@ def arithmetic_flags(source: FlagSource) -> int:
 # it directly; otherwise it follows from the flags.
 
 
-def below_or_equal(kind, a, b, result, width):
+def below_or_equal(flags):
     """CF or ZF: unsigned a <= b."""
+    kind, a, b, _, _ = flags
     if kind == SUB:
         return a <= b
-    return carry(kind, a, b, result, width) | zero(kind, a, b, result, width)
+    return carry(flags) | zero(flags)
 
 
-def less(kind, a, b, result, width):
+def less(flags):
     """SF differs from OF: signed a < b."""
+    kind, a, b, _, width = flags
     if kind == SUB:
         # Turning the sign bit over maps signed order onto unsigned order.
         top = 1 << (width - 1)
         return a ^ top < b ^ top
-    return sign(kind, a, b, result, width) ^ overflow(kind, a, b, result, width)
+    return sign(flags) ^ overflow(flags)
 
 
-def less_or_equal(kind, a, b, result, width):
+def less_or_equal(flags):
     """ZF, or SF differs from OF: signed a <= b."""
+    kind, a, b, _, width = flags
     if kind == SUB:
         top = 1 << (width - 1)
         return a ^ top <= b ^ top
-    return zero(kind, a, b, result, width) | less(kind, a, b, result, width)
+    return zero(flags) | less(flags)
 
 
 def _not(condition: Callable) -> Callable:
-    def negated(kind, a, b, result, width):
-        return condition(kind, a, b, result, width) ^ True
+    def negated(flags):
+        return condition(flags) ^ True
 
     negated.__doc__ = f"Not: {condition.__doc__}"
     return negated
 
 
-def not_zero(kind, a, b, result, width):
-    """Not ZF. Written out, for it ends most loops."""
+def above_or_equal(flags):
+    """Not CF. Written out, as are the next two, for they end most loops."""
+    kind, a, b, _, _ = flags
+    if kind == SUB:
+        return a >= b
+    return carry(flags) ^ True
+
+
+def greater_or_equal(flags):
+    """SF equals OF: signed a >= b."""
+    kind, a, b, _, width = flags
+    if kind == SUB:
+        top = 1 << (width - 1)
+        return a ^ top >= b ^ top
+    return less(flags) ^ True
+
+
+def not_zero(flags):
+    """Not ZF."""
+    kind, a, _, result, _ = flags
     if kind == EXPLICIT:
         return a & ZF == 0
     return result != 0
@@ -176,11 +203,11 @@ def not_zero(kind, a, b, result, width):
 # The condition's name in a mnemonic (jo, setb, cmovle ...); synonyms are what the disassembler calls them.
 CONDITIONS: Dict[str, Callable] = {
     "o": overflow, "no": _not(overflow),
-    "b": carry, "ae": _not(carry),
+    "b": carry, "ae": above_or_equal,
     "e": zero, "ne": not_zero,
     "be": below_or_equal, "a": _not(below_or_equal),
     "s": sign, "ns": _not(sign),
     "p": parity, "np": _not(parity),
-    "l": less, "ge": _not(less),
+    "l": less, "ge": greater_or_equal,
     "le": less_or_equal, "g": _not(less_or_equal),
 }  # fmt: skip

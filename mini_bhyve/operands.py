@@ -29,6 +29,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, List
 
 from mini_bhyve.faults import undefined_opcode
+from mini_bhyve.segmentation import CS, SS_
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
@@ -305,7 +306,12 @@ class SegmentRegister(SpecialRegister):
         return self.cpu.segments[self.index].selector
 
     def write(self, value):
+        """#UD for CS: only a jump can change that. To SS, interrupts wait until the stack pointer can be set as well."""
+        if self.index == CS:
+            raise undefined_opcode()
         self.cpu.load_segment(self.index, value & 0xFFFF)
+        if self.index == SS_:
+            self.cpu.shadow_interrupts()
 
 
 class ControlRegister(SpecialRegister):

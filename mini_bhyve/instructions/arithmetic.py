@@ -19,7 +19,7 @@ def add(cpu, dst, src):
 @instruction("adc")
 def adc(cpu, dst, src):
     a, b = dst.read(), src.read()
-    result = (a + b + carry(*cpu.flags)) & dst.mask
+    result = (a + b + carry(cpu.flags)) & dst.mask
     dst.write(result)
     cpu.flags = (ADC, a, b, result, dst.width)
 
@@ -35,7 +35,7 @@ def sub(cpu, dst, src):
 @instruction("sbb")
 def sbb(cpu, dst, src):
     a, b = dst.read(), src.read()
-    result = (a - b - carry(*cpu.flags)) & dst.mask
+    result = (a - b - carry(cpu.flags)) & dst.mask
     dst.write(result)
     cpu.flags = (SBB, a, b, result, dst.width)
 
@@ -52,14 +52,14 @@ def inc(cpu, dst):
     """INC leaves the carry flag alone, so that a loop can count while it adds long numbers."""
     result = (dst.read() + 1) & dst.mask
     dst.write(result)
-    cpu.flags = (INC, carry(*cpu.flags), 0, result, dst.width)
+    cpu.flags = (INC, carry(cpu.flags), 0, result, dst.width)
 
 
 @instruction("dec")
 def dec(cpu, dst):
     result = (dst.read() - 1) & dst.mask
     dst.write(result)
-    cpu.flags = (DEC, carry(*cpu.flags), 0, result, dst.width)
+    cpu.flags = (DEC, carry(cpu.flags), 0, result, dst.width)
 
 
 @instruction("neg")

@@ -11,7 +11,7 @@ def _define_setcc(condition_name, condition):
     @instruction(f"set{condition_name}")
     def setcc(cpu, dst):
         """SETcc: 1 if the condition holds, else 0."""
-        dst.write(choose(condition(*cpu.flags), 1, 0))
+        dst.write(choose(condition(cpu.flags), 1, 0))
 
 
 for _name, _condition in CONDITIONS.items():

@@ -18,8 +18,8 @@ def jmp(cpu, target):
 def _define_jump(condition_name, condition):
     @instruction(f"j{condition_name}", ends_block=True)
     def jcc(cpu, target):
-        """Jcc: jump if the condition holds."""
-        cpu.branch(condition(*cpu.flags), target.read())
+        """Jcc: jump if the condition holds. Its target is always a constant."""
+        cpu.branch(condition(cpu.flags), target.value)
 
 
 for _name, _condition in fl.CONDITIONS.items():
@@ -62,8 +62,8 @@ def _define_loop(name, goes_on):
 
 
 _define_loop("loop", lambda cpu: True)
-_define_loop("loope", lambda cpu: fl.zero(*cpu.flags))
-_define_loop("loopne", lambda cpu: fl.not_zero(*cpu.flags))
+_define_loop("loope", lambda cpu: fl.zero(cpu.flags))
+_define_loop("loopne", lambda cpu: fl.not_zero(cpu.flags))
 
 
 @instruction("jcxz", "jecxz", "jrcxz", encoded=True, ends_block=True)
@@ -167,7 +167,7 @@ def int3(cpu):
 @instruction("into", ends_block=True, data_decides=True)
 def into(cpu):
     """INTO: an overflow exception if OF is set."""
-    if fl.overflow(*cpu.flags):
+    if fl.overflow(cpu.flags):
         interrupts.deliver(cpu, OF, None, software=True)
 
 

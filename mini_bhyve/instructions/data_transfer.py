@@ -4,27 +4,15 @@ CMPXCHG, CMPXCHG8B and XADD.
 
 from __future__ import annotations
 
-from mini_bhyve.faults import undefined_opcode
 from mini_bhyve.flags import ADD, CONDITIONS, EXPLICIT, SUB, ZF, arithmetic_flags
 from mini_bhyve.instructions.definition import choose, instruction, sign_extend
 from mini_bhyve.operands import RAX, RBP, RBX, RCX, RDX, RSP, Memory, SegmentRegister
-from mini_bhyve.segmentation import CS, SS_
 
 
 @instruction("mov", "movabs")
 def mov(cpu, dst, src):
-    """MOV. To CS it is not allowed; to SS it keeps interrupts away from the instruction that will set the pointer."""
-    if isinstance(dst, SegmentRegister):
-        if dst.index == CS:
-            raise undefined_opcode()
-        dst.write(src.read())
-        if dst.index == SS_:
-            cpu.shadow_interrupts()
-    elif isinstance(src, SegmentRegister) and isinstance(dst, Memory):
-        # The whole register if the destination is one, but never more than 16 bits of memory.
-        dst.at(0, 16).write(src.read())
-    else:
-        dst.write(src.read())
+    """MOV, also to and from segment, control and debug registers: what more happens then is the operand's business."""
+    dst.write(src.read())
 
 
 @instruction("movzx")
@@ -42,7 +30,7 @@ def _define_cmov(condition_name, condition):
     def cmov(cpu, dst, src):
         """CMOVcc reads its source, and writes its destination, whether the condition holds or not."""
         value = src.read()
-        dst.write(choose(condition(*cpu.flags), value, dst.read()))
+        dst.write(choose(condition(cpu.flags), value, dst.read()))
 
 
 for _name, _condition in CONDITIONS.items():
@@ -136,10 +124,8 @@ def pop(cpu, encoding, dst):
     width = encoding.stack_width
     value = cpu.peek(0, width)
     if isinstance(dst, SegmentRegister):
-        dst.write(value & 0xFFFF)
+        dst.write(value)
         cpu.move_stack_pointer(width // 8)
-        if dst.index == SS_:
-            cpu.shadow_interrupts()
     elif isinstance(dst, Memory):
         # The store may fault, so it comes before the change of ESP, with the address adjusted for that.
         target = dst.at(width // 8, width) if dst.base == RSP else dst

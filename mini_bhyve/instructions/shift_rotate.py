@@ -101,7 +101,7 @@ def rcl(cpu, dst, count=None):
     """RCL rotates width + 1 bits: the carry flag above the operand."""
     width = dst.width
     n = _count(count, width) % (width + 1)
-    a = dst.read() | carry(*cpu.flags) << width
+    a = dst.read() | carry(cpu.flags) << width
     if n == 0:
         return
     whole = (a << n | a >> (width + 1 - n)) & ((1 << (width + 1)) - 1)
@@ -114,7 +114,7 @@ def rcl(cpu, dst, count=None):
 def rcr(cpu, dst, count=None):
     width = dst.width
     n = _count(count, width) % (width + 1)
-    a = dst.read() | carry(*cpu.flags) << width
+    a = dst.read() | carry(cpu.flags) << width
     if n == 0:
         return
     whole = (a >> n | a << (width + 1 - n)) & ((1 << (width + 1)) - 1)

@@ -75,7 +75,7 @@ def repeat(cpu, encoding, operation, one, compares=False, bulk=None):
             elements = 1
         operation.count_down(elements)
         done += elements
-        if compares and fl.zero(*cpu.flags) != (encoding.repeat == "rep"):
+        if compares and fl.zero(cpu.flags) != (encoding.repeat == "rep"):
             return
     if operation.count:
         cpu.branch(True, encoding.ip)
