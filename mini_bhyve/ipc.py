@@ -41,7 +41,6 @@ import enum
 import errno
 import fcntl
 import os
-import secrets
 import socket
 import stat
 import sys
@@ -120,7 +119,10 @@ class CheckpointOp(ctypes.Structure):
 
 
 class VcpuOp(ctypes.Structure):
-    """Which virtual CPU is meant: bhyvectl's ``--cpu``. A message that is only a code means CPU 0."""
+    """Which virtual CPU is meant: bhyvectl's ``--cpu``. A message that is only a code means CPU 0.
+
+    Whether the VM has that CPU is for the handler to say.
+    """
 
     _fields_ = [("vcpuid", ctypes.c_uint32)]
     vcpuid: int
@@ -458,7 +460,7 @@ def send_message(path: str, message: IpcMessage, timeout: float = REPLY_TIMEOUT)
     Raises IpcError with what the VM gave as the error, or if there is no VM, or it does not answer, or ends first.
     """
     run_dir, vmname = os.path.split(path)
-    address = os.path.join(run_dir, f".{secrets.token_hex(4)}")  # CLIENT_NAME_SIZE bytes
+    address = os.path.join(run_dir, f".{os.urandom(4).hex()}")  # CLIENT_NAME_SIZE bytes
     deadline = time.monotonic() + timeout
     with _new_socket() as client:
         try:
