@@ -3,7 +3,7 @@
     python fake_vm.py RUN_DIR NAME [busy] [slow] [refuse] [deaf]
 
 Each request is told on standard output, one JSON object a line, after a first line "ready". "busy" computes without a
-pause, as a virtual CPU does; "slow" takes a second over a snapshot; "refuse" refuses all but status; "deaf" stops
+pause, as a virtual CPU does; "slow" takes half a second over a snapshot; "refuse" refuses all but status; "deaf" stops
 reading the socket.
 """
 
@@ -78,7 +78,7 @@ def main(run_dir: str, name: str, *behaviour: str) -> None:
         if "refuse" in behaviour and opcode != IpcOpcode.STATUS:
             raise IpcError("snapshots are switched off (-o snapshot=false)")
         if "slow" in behaviour and opcode in TAKES_FILENAME:
-            time.sleep(1)
+            time.sleep(0.5)
         if opcode in ENDS_VM:
             ended.set()
         if opcode == IpcOpcode.PAUSE:

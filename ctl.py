@@ -1,0 +1,409 @@
+"""bhyvectl(8): the tool that talks to a running VM.
+
+It finds the VM by the name of its control socket, sends one message (:mod:`mini_bhyve.ipc`), waits for the answer and
+says in one sentence what happened. The exit status is 0 only if it did; otherwise it is 1, and the sentence on
+standard error says why. Every command has two spellings, ours and bhyvectl's::
+
+    python ctl.py suspend vm                    python ctl.py --vm=vm --suspend=vm.ckp
+    python ctl.py regs vm                       python ctl.py --vm=vm --get-rip --get-cr3
+
+With bhyvectl's spelling, registers come out in bhyvectl's format too, so that scripts made for it can read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, Callable, NamedTuple, NoReturn
+
+from mini_bhyve.ipc import (
+    REPLY_TIMEOUT,
+    TAKES_FILENAME,
+    IpcError,
+    IpcMessage,
+    IpcOpcode,
+    is_alive,
+    remove_dead_socket,
+    run_dir_for,
+    send_message,
+    snapshot_request,
+    socket_path,
+    vm_names,
+)
+
+LIST_TIMEOUT = 1.0  # seconds; a VM that is busy with a snapshot must not hold up the list
+
+
+class Action(NamedTuple):
+    """A command that makes a VM do something; ``done`` is what is said when it has."""
+
+    opcode: IpcOpcode
+    help: str
+    done: str
+
+
+ACTIONS = {
+    "checkpoint": Action(
+        IpcOpcode.START_CHECKPOINT,
+        "write a snapshot of the VM, which goes on running",
+        "a snapshot of VM {vm!r} is written to {file}",
+    ),
+    "suspend": Action(
+        IpcOpcode.START_SUSPEND,
+        "write a snapshot of the VM and end it; bhyve -r starts it again from there",
+        "VM {vm!r} is suspended to {file}",
+    ),
+    "pause": Action(IpcOpcode.PAUSE, "stop the virtual CPUs until they are resumed", "VM {vm!r} is paused"),
+    "resume": Action(IpcOpcode.RESUME, "let the virtual CPUs of a paused VM run on", "VM {vm!r} runs again"),
+    "poweroff": Action(
+        IpcOpcode.POWEROFF,
+        "switch the VM off without asking the guest; bhyve exits with status 1",
+        "VM {vm!r} is powered off",
+    ),
+    "reset": Action(
+        IpcOpcode.RESET,
+        "reset the VM without asking the guest; bhyve exits with status 0, which asks for a new start",
+        "VM {vm!r} is reset, and can be started again",
+    ),
+    "inject-nmi": Action(
+        IpcOpcode.INJECT_NMI,
+        "inject a non-maskable interrupt into a virtual CPU",
+        "a non-maskable interrupt is injected into CPU {cpu} of VM {vm!r}",
+    ),
+    "destroy": Action(
+        IpcOpcode.DESTROY,
+        "end the VM at once; of one that was killed, remove the socket that it left behind",
+        "VM {vm!r} is destroyed",
+    ),
+}
+
+# --- what a VM tells of itself ---------------------------------------------------------------------------------------
+
+STATUS_FIELDS = {
+    "name": str,
+    "state": str,
+    "pid": int,
+    "ncpus": int,
+    "memory": int,
+    "instructions": int,
+    "time_ns": int,
+    "rip": int,
+    "mode": str,
+    "snapshot": bool,
+    "active_cpus": list,
+    "suspended_cpus": list,
+}
+
+GENERAL = (
+    "efer cr0 cr2 cr3 cr4 dr0 dr1 dr2 dr3 dr6 dr7 rsp rip rax rbx rcx rdx rsi rdi rbp "
+    "r8 r9 r10 r11 r12 r13 r14 r15 rflags"
+).split()
+SEGMENTS = "ds es fs gs ss cs tr ldtr".split()
+TABLES = "gdtr idtr".split()
+SELECTORS = "cs ds es fs gs ss tr ldtr".split()
+
+#: The options of bhyvectl that show a register, in the order in which it shows them, each with the format of its line.
+REGISTER_LINES = {
+    **{f"get-{name}": f"{name}[{{cpu}}]\t\t0x{{{name}:016x}}" for name in GENERAL},
+    "get-rflags": "rflags[{cpu}]\t0x{rflags:016x}",
+    **{
+        f"get-desc-{name}": f"{name} desc[{{cpu}}]\t0x{{{name}_base:016x}}/0x{{{name}_limit:08x}}/"
+        f"0x{{{name}_access:08x}}"
+        for name in SEGMENTS
+    },
+    **{f"get-desc-{name}": f"{name}[{{cpu}}]\t\t0x{{{name}_base:016x}}/0x{{{name}_limit:08x}}" for name in TABLES},
+    **{f"get-{name}": f"{name}[{{cpu}}]\t\t0x{{{name}:04x}}" for name in SELECTORS},
+}
+
+REGISTER_FIELDS = {
+    **dict.fromkeys(GENERAL + SELECTORS, int),
+    **{f"{name}_{part}": int for name in SEGMENTS for part in ("base", "limit", "access")},
+    **{f"{name}_{part}": int for name in TABLES for part in ("base", "limit")},
+}
+
+
+def ask(
+    path: str, opcode: IpcOpcode, fields: Mapping[str, type], cpu: int = 0, timeout: float = REPLY_TIMEOUT
+) -> dict[str, Any]:
+    """What a VM answers, if all the fields are in it: the VM may be of another version than we are."""
+    reply = send_message(path, message_for(opcode, cpu), timeout)
+    for name, kind in fields.items():
+        if not isinstance(reply.get(name), kind):
+            raise IpcError(f"the answer of VM {os.path.basename(path)!r} has no {name} of type {kind.__name__}")
+    return reply
+
+
+def message_for(opcode: IpcOpcode, cpu: int) -> IpcMessage:
+    message = IpcMessage(code=opcode)
+    message.data.vcpu.vcpuid = cpu
+    return message
+
+
+def show_status(status: dict[str, Any]) -> None:
+    rows = {
+        "name": status["name"],
+        "state": status["state"],
+        "mode": status["mode"],
+        "rip": f"{status['rip']:#x}",
+        "memory": f"{status['memory'] / (1 << 20):g} MB",
+        "CPUs": f"{status['ncpus']}; active: {cpu_set(status['active_cpus'])}; "
+        f"suspended: {cpu_set(status['suspended_cpus'])}",
+        "instructions": f"{status['instructions']:,}",
+        "virtual time": f"{status['time_ns'] / 1e9:.6f} s",
+        "snapshots": "yes" if status["snapshot"] else "switched off",
+        "process": status["pid"],
+    }
+    for label, value in rows.items():
+        print(f"{label:14}{value}")
+
+
+def show_registers(registers: dict[str, Any]) -> None:
+    for names in (
+        ["rax", "rbx", "rcx", "rdx"],
+        ["rsi", "rdi", "rbp", "rsp"],
+        ["r8", "r9", "r10", "r11"],
+        ["r12", "r13", "r14", "r15"],
+        ["rip", "rflags", "efer"],
+        ["cr0", "cr2", "cr3", "cr4"],
+        ["dr0", "dr1", "dr2", "dr3"],
+        ["dr6", "dr7"],
+    ):
+        print("  ".join(f"{name:>6} {registers[name]:016x}" for name in names))
+    for name in SELECTORS:
+        print(
+            f"{name:>6} {registers[name]:04x}  base {registers[name + '_base']:016x}  "
+            f"limit {registers[name + '_limit']:08x}  access {registers[name + '_access']:04x}"
+        )
+    for name in TABLES:
+        print(f"{name:>6}       base {registers[name + '_base']:016x}  limit {registers[name + '_limit']:08x}")
+
+
+def cpu_set(cpus: list[int]) -> str:
+    return ", ".join(map(str, cpus)) or "(none)"
+
+
+def list_vms(run_dir: str) -> list[dict[str, Any]]:
+    """The status of every VM that has a socket; of one that does not answer, its name and why."""
+    found = []
+    for name in vm_names(run_dir):
+        path = os.path.join(run_dir, name)
+        try:
+            found.append(ask(path, IpcOpcode.STATUS, STATUS_FIELDS, timeout=LIST_TIMEOUT))
+        except IpcError as error:
+            state = "no answer" if is_alive(path) else "dead"
+            found.append({"name": name, "state": state, "error": str(error)})
+    return found
+
+
+def show_list(vms: list[dict[str, Any]], run_dir: str) -> None:
+    if not vms:
+        print(f"there are no VMs in {run_dir}")
+        return
+    from rich.console import Console  # here, for it takes longer to load than a VM to answer
+    from rich.table import Table
+
+    table = Table("name", "state", "mode", "memory", "CPUs", "virtual time", "process", box=None, pad_edge=False)
+    for vm in vms:
+        if "error" in vm:
+            table.add_row(vm["name"], vm["state"])
+        else:
+            memory, seconds = f"{vm['memory'] / (1 << 20):g} MB", f"{vm['time_ns'] / 1e9:.3f} s"
+            table.add_row(vm["name"], vm["state"], vm["mode"], memory, str(vm["ncpus"]), seconds, str(vm["pid"]))
+    # A terminal has a width to keep to; what a pipe takes must not be folded.
+    width = None if sys.stdout.isatty() else 1000
+    Console(markup=False, highlight=False, emoji=False, width=width).print(table)
+
+
+# --- what a VM is made to do -----------------------------------------------------------------------------------------
+
+
+def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: int = 0) -> dict[str, Any]:
+    """Carry out one of the ACTIONS, and wait until it is done; what was done. Raises IpcError if it was not."""
+    path = socket_path(run_dir, vm)
+    action = ACTIONS[command]
+    result: dict[str, Any] = {"vm": vm, "command": command}
+    if action.opcode in TAKES_FILENAME:
+        # A relative name is relative to where the user is, not to where the VM was started.
+        result["file"] = os.path.join(os.getcwd(), f"{vm}.ckp" if file is None else file)
+        snapshot_request(path, result["file"], action.opcode)
+    elif action.opcode == IpcOpcode.DESTROY and remove_dead_socket(path):
+        result["done"] = f"VM {vm!r} was dead, and its socket {path} is removed"
+        return result
+    else:
+        send_message(path, message_for(action.opcode, cpu))
+    result["done"] = action.done.format(cpu=cpu, **result)
+    return result
+
+
+def show_done(result: dict[str, Any]) -> None:
+    print(result["done"])
+
+
+# --- the command lines -----------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """One that reports a mistake in one sentence, and exits with 1 as bhyvectl does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: {message}; --help tells more\n")
+
+
+def cpu_number(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a virtual CPU")
+    return int(text)
+
+
+def general_options() -> Parser:
+    """The options that may stand before a command as well as behind it; not given there, they leave alone what was."""
+    options = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    options.add_argument(
+        "--rundir",
+        metavar="DIR",
+        help="the directory of the control sockets, as in bhyve -o rundir=DIR "
+        "(default: /var/run/bhyve, or a directory of your own where you may not write there)",
+    )
+    options.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for scripts")
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Our own spelling: ``ctl.py COMMAND VM``."""
+    parser = Parser(
+        prog="ctl.py",
+        parents=[general_options()],
+        description="Talk to a running VM, as bhyvectl(8) does. "
+        "bhyvectl's own options are understood as well: see ctl.py --vm=VM --help.",
+    )
+    parser.set_defaults(rundir=None, json=False, file=None, cpu=0)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    behind = general_options()
+
+    def add(command: str, text: str, vm: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(command, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[behind])
+        if vm:
+            added.add_argument("vm", metavar="VM", help="the name of the VM")
+        return added
+
+    add("list", "list the VMs that have a control socket, dead or alive", vm=False)
+    add("status", "show what a VM is doing: state, mode, instructions executed, virtual time")
+    regs = add("regs", "show the registers of a virtual CPU")
+    regs.add_argument("--cpu", type=cpu_number, default=0, metavar="N", help="of virtual CPU N (default: 0)")
+    for command, action in ACTIONS.items():
+        added = add(command, action.help)
+        if action.opcode in TAKES_FILENAME:
+            added.add_argument(
+                "file",
+                metavar="FILE",
+                nargs="?",
+                help="where to; three files are written: FILE, FILE.kern and FILE.meta (default: VM.ckp, here)",
+            )
+        if action.opcode == IpcOpcode.INJECT_NMI:
+            added.add_argument("--cpu", type=cpu_number, default=0, metavar="N", help="virtual CPU N (default: 0)")
+    return parser
+
+
+def build_bhyvectl_parser() -> argparse.ArgumentParser:
+    """bhyvectl's spelling: ``ctl.py --vm=VM`` and what to do, several at once if need be."""
+    parser = Parser(
+        prog="ctl.py",
+        usage="ctl.py --vm=VM [options]",
+        allow_abbrev=False,
+        description="Talk to a running VM in the words of bhyvectl(8). Several things may be asked for at once; they "
+        "are done in bhyvectl's order: the NMI, registers, CPUs, reset, poweroff, destroy, checkpoint, suspend.",
+    )
+    parser.add_argument("--vm", metavar="VM", required=True, help="the name of the VM")
+    parser.add_argument("--rundir", metavar="DIR", help="the directory of the control sockets")
+    parser.add_argument("--cpu", metavar="N", type=cpu_number, default=0, help="which virtual CPU (default: 0)")
+    parser.add_argument("--inject-nmi", action="store_true", help=ACTIONS["inject-nmi"].help)
+    registers = parser.add_argument_group("registers and CPUs")
+    for option in REGISTER_LINES:
+        name = option[len("get-") :]
+        what = f"the base, limit and access rights of {name[5:]}" if name.startswith("desc-") else name
+        registers.add_argument(
+            f"--{option}", dest="registers", action="append_const", const=option, default=[], help=f"show {what}"
+        )
+    registers.add_argument("--get-active-cpus", action="store_true", help="show which virtual CPUs there are")
+    registers.add_argument("--get-suspended-cpus", action="store_true", help="show which of them stand still")
+    registers.add_argument("--get-all", action="store_true", help="show all of these")
+    parser.add_argument("--force-reset", action="store_true", help=ACTIONS["reset"].help)
+    parser.add_argument("--force-poweroff", action="store_true", help=ACTIONS["poweroff"].help)
+    parser.add_argument("--destroy", action="store_true", help=ACTIONS["destroy"].help)
+    parser.add_argument("--checkpoint", metavar="FILE", help=ACTIONS["checkpoint"].help)
+    parser.add_argument("--suspend", metavar="FILE", help=ACTIONS["suspend"].help)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what our own command line says."""
+    run_dir = run_dir_for(args.rundir)
+    result: Any
+    show: Callable[[Any], None]
+    if args.command == "list":
+        result, show = list_vms(run_dir), functools.partial(show_list, run_dir=run_dir)
+    elif args.command == "status":
+        result, show = ask(socket_path(run_dir, args.vm), IpcOpcode.STATUS, STATUS_FIELDS), show_status
+    elif args.command == "regs":
+        result, show = ask(socket_path(run_dir, args.vm), IpcOpcode.REGS, REGISTER_FIELDS, args.cpu), show_registers
+    else:
+        result, show = perform(args.command, run_dir, args.vm, args.file, args.cpu), show_done
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+
+
+def run_as_bhyvectl(args: argparse.Namespace) -> None:
+    """Do what bhyvectl's command line says, in bhyvectl's order."""
+    run_dir = run_dir_for(args.rundir)
+    path = socket_path(run_dir, args.vm)
+    if not args.destroy or args.get_all or args.get_active_cpus or args.get_suspended_cpus:
+        status = ask(path, IpcOpcode.STATUS, STATUS_FIELDS)  # bhyvectl, too, fails if there is no VM to open
+    if args.inject_nmi:
+        show_done(perform("inject-nmi", run_dir, args.vm, cpu=args.cpu))
+    if args.get_all or args.registers:
+        registers = ask(path, IpcOpcode.REGS, REGISTER_FIELDS, args.cpu)
+        for option, line in REGISTER_LINES.items():
+            if args.get_all or option in args.registers:
+                print(line.format(cpu=args.cpu, **registers))
+    if args.get_all or args.get_active_cpus:
+        print(f"active cpus:\t {cpu_set(status['active_cpus'])}")
+    if args.get_all or args.get_suspended_cpus:
+        print(f"suspended cpus:\t {cpu_set(status['suspended_cpus'])}")
+    for wanted, command in ((args.force_reset, "reset"), (args.force_poweroff, "poweroff"), (args.destroy, "destroy")):
+        if wanted:
+            show_done(perform(command, run_dir, args.vm))
+    for file, command in ((args.checkpoint, "checkpoint"), (args.suspend, "suspend")):
+        if file is not None:
+            show_done(perform(command, run_dir, args.vm, file))
+
+
+def main(argv: list[str]) -> int:
+    """The exit status: 0 if everything was done, else 1, after a sentence on standard error."""
+    try:
+        if any(argument.split("=")[0] == "--vm" for argument in argv):
+            run_as_bhyvectl(build_bhyvectl_parser().parse_args(argv))
+        else:
+            run(build_parser().parse_args(argv))
+        sys.stdout.flush()
+        return 0
+    except IpcError as error:
+        sentence = str(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries to write once more
+        sentence = "nobody reads what is printed"
+    except OSError as error:
+        sentence = f"{error.filename or 'cannot go on'}: {error.strerror}"
+    except KeyboardInterrupt:
+        sentence = "interrupted; what the VM was asked to do, it may still do"
+    print(f"ctl.py: {sentence}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
