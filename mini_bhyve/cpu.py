@@ -344,7 +344,7 @@ class Cpu:
         if not self.protected_mode:
             return "16-bit real mode"
         paging_mode = self.mmu.mode
-        return f"{self.code_size}-bit, " + (f"{paging_mode.name} paging" if paging_mode else "no paging")
+        return f"{self.code_size}-bit code, " + (f"{paging_mode.name} paging" if paging_mode else "no paging")
 
     # --- Memory ---------------------------------------------------------------------------------------------------------
 

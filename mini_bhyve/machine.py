@@ -26,13 +26,15 @@ from mini_bhyve import segmentation as seg
 from mini_bhyve.config import Config
 from mini_bhyve.console import Console
 from mini_bhyve.cpu import Cpu
-from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl, Rtc, Uart16550
+from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl
 from mini_bhyve.faults import TripleFault, VmExit
 from mini_bhyve.flags import IF
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
 from mini_bhyve.memory import GuestMemory
+from mini_bhyve.rtc import Rtc
 from mini_bhyve.snapshot import SnapshotError, init_snapshot, vm_checkpoint
+from mini_bhyve.uart import Uart16550
 
 NS_PER_SECOND = 1_000_000_000
 
@@ -310,7 +312,7 @@ class Machine:
         if not self.config.get_bool("snapshot"):
             raise IpcError("this VM was started without snapshots (snapshot=false)")
         try:
-            vm_checkpoint(self, message.filename(), stop_vm)
+            vm_checkpoint(self, message.filename, stop_vm)
         except SnapshotError as error:
             raise IpcError(str(error)) from error
 
