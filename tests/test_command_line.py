@@ -11,15 +11,18 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from mini_bhyve import ipc
 from mini_bhyve.__main__ import build_parser, main
 from mini_bhyve.config import Config, ConfigError, Disk
 
@@ -172,6 +175,13 @@ def run(run_dir: str, *arguments: str, typed: bytes = b"") -> subprocess.Complet
     )
 
 
+def wait_until(happened, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def assert_refused(ended: subprocess.CompletedProcess, sentence: str) -> None:
     """One sentence on standard error and exit code 4."""
     stderr = ended.stderr.decode()
@@ -189,7 +199,7 @@ def assert_refused(ended: subprocess.CompletedProcess, sentence: str) -> None:
         (["-s", "1,ide,/nonexistent/disk"], "/nonexistent/disk"),
         (["-l", "bootrom,/nonexistent/rom"], "/nonexistent/rom"),
         (["-l", "com1,/nonexistent/log"], "cannot open the console /nonexistent/log"),
-        (["-r", "/nonexistent/vm.ckp"], "/nonexistent/vm.ckp"),
+        (["-r", "/nonexistent.ckp"], "/nonexistent.ckp"),
         (["-o", "guest=nobody"], "nobody"),
         (["a/b"], "a/b"),
         ([".hidden"], ".hidden"),
@@ -197,6 +207,135 @@ def assert_refused(ended: subprocess.CompletedProcess, sentence: str) -> None:
 )
 def test_what_cannot_be_run_is_refused_with_one_sentence_and_exit_code_4(run_dir, arguments, sentence):
     assert_refused(run(run_dir, *arguments), sentence)
+
+    assert os.listdir(run_dir) == [], "and no socket is left"
+
+
+@pytest.mark.parametrize(
+    "typed, code, reason", [(b"halt\n", HALT, "halted with interrupts off"), (b"reboot\n", REBOOT, "rebooted")]
+)
+def test_what_is_typed_reaches_the_guest_and_how_it_ends_is_the_exit_code(run_dir, typed, code, reason):
+    ended = run(run_dir, "-o", "guest=shell", "ends", typed=typed)
+    assert ended.returncode == code
+    assert b"$ " + typed.strip() in ended.stdout
+    assert ended.stderr.decode().startswith("ends: ") and reason in ended.stderr.decode()
+
+
+# Small guests, as the machine code of a boot sector; each prints a letter on COM1 (port 3F8h) first.
+PRINT = bytes.fromhex("ba f8 03  b0 47  ee")  # mov dx, 0x3f8; mov al, 'G'; out dx, al
+CLI_HLT = bytes.fromhex("fa f4")
+TRIPLE = bytes.fromhex("0f 01 1e 00 7d  cc")  # lidt [0x7d00], where there are zeros: no vector at all; int3
+IN_99 = bytes.fromhex("e4 99")  # in al, 0x99: a port that no device has
+
+
+def boot_sector(tmp_path: Path, code: bytes) -> str:
+    path = tmp_path / "disk.img"
+    path.write_bytes((PRINT + code).ljust(510, b"\0") + b"\x55\xaa" + bytes(512))
+    return str(path)
+
+
+@pytest.mark.parametrize("option", ["-s1,ide,{}", "--kernel={}"])
+@pytest.mark.parametrize("code, exit_code", [(CLI_HLT, HALT), (TRIPLE, TRIPLE_FAULT)])
+def test_a_boot_sector_is_run_from_a_disk_and_as_a_kernel(run_dir, tmp_path, option, code, exit_code):
+    ended = run(run_dir, option.format(boot_sector(tmp_path, code)))
+    assert (ended.stdout, ended.returncode) == (b"G", exit_code), ended.stderr
+
+
+def test_a_boot_rom_is_started_at_the_reset_vector(run_dir, tmp_path):
+    rom = tmp_path / "rom.bin"
+    rom.write_bytes((PRINT + CLI_HLT).ljust(16, b"\0").rjust(4096, b"\xcc"))
+    ended = run(run_dir, "-l", f"bootrom,{rom}")
+    assert (ended.stdout, ended.returncode) == (b"G", HALT), ended.stderr
+
+
+def test_strict_io_ends_the_vm_at_a_port_that_nobody_claims(run_dir, tmp_path):
+    disk = f"1,ide,{boot_sector(tmp_path, IN_99 + CLI_HLT)}"
+    assert run(run_dir, "-s", disk).returncode == HALT
+    for strict in (["-e"], ["-o", "x86.strictio=true"]):
+        ended = run(run_dir, *strict, "-s", disk)
+        assert ended.returncode == ERROR
+        assert b"0x99" in ended.stderr and ended.stderr.count(b"\n") == 1
+
+
+def test_the_console_can_be_a_file(run_dir, tmp_path):
+    log = tmp_path / "log"
+    ended = run(run_dir, "-l", f"com1,{log}", "-s", f"1,ide,{boot_sector(tmp_path, CLI_HLT)}")
+    assert (ended.stdout, ended.returncode) == (b"", HALT)
+    assert log.read_bytes() == b"G"
+
+
+def test_the_console_can_be_a_unix_socket(run_dir):
+    path = os.path.join(run_dir, "com1.sock")
+    with (
+        subprocess.Popen(
+            command(run_dir, "-o", "guest=shell", "-o", "clock=wall", "-l", f"com1,{path}"),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+        ) as process,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client,
+    ):
+        wait_until(lambda: client.connect_ex(path) == 0)
+        client.settimeout(30)
+        client.sendall(b"halt\n")
+        shown = b""
+        while chunk := client.recv(4096):
+            shown += chunk
+        assert process.wait(30) == HALT
+    assert b"halt" in shown
+
+
+# --- Suspend and restore ---
+
+
+def suspend_counter(run_dir: str, snapshot: str, *arguments: str) -> bytes:
+    """Run `counter` until it has counted a little, and suspend it. Returns what it printed."""
+    with subprocess.Popen(
+        command(run_dir, *arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        printed = process.stdout.read(40)
+        name = os.listdir(run_dir)
+        drain = threading.Thread(target=lambda: drained.append(process.stdout.read()))
+        drained: list[bytes] = []
+        drain.start()
+        (path,) = [os.path.join(run_dir, n) for n in name if not n.startswith(".")]
+        assert "error" not in ipc.snapshot_request(path, snapshot, ipc.IpcOpcode.START_SUSPEND)
+        assert process.wait(30) == SUSPENDED
+        drain.join()
+        assert process.stderr.read().endswith(b": suspended\n")
+    return printed + drained[0]
+
+
+def test_a_suspended_vm_goes_on_under_its_own_name_with_the_next_number(run_dir, tmp_path):
+    snapshot = str(tmp_path / "vm.ckp")
+    before = suspend_counter(run_dir, snapshot, "-m", "16", "counting")
+    process = subprocess.Popen(
+        command(run_dir, "-r", snapshot),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    with process:
+        assert process.stdout is not None and process.stderr is not None
+        after = process.stdout.read(40)
+        process.send_signal(signal.SIGTERM)
+        after += process.stdout.read()
+        assert process.wait(30) == POWEROFF
+        assert process.stderr.read() == b"counting: powered off by SIGTERM\n"
+    numbers = [int(word) for word in (before + after).split()[1:-1] if word.isdigit()]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 10
+
+
+def test_a_snapshot_is_not_restored_into_memory_of_another_size(run_dir, tmp_path):
+    snapshot = str(tmp_path / "vm.ckp")
+    suspend_counter(run_dir, snapshot, "-m", "16")
+    assert_refused(run(run_dir, "-m", "32", "-r", snapshot), "is of a VM with 16384K of memory")
 
 
 class VmOnTerminal:
