@@ -395,8 +395,9 @@ def main(argv: list[str]) -> int:
     except IpcError as error:
         sentence = str(error)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries to write once more
-        sentence = "nobody reads what is printed"
+        # Whoever read it has seen enough. Python would try to write the rest once more at the end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         sentence = f"{error.filename or 'cannot go on'}: {error.strerror}"
     except KeyboardInterrupt:

@@ -350,13 +350,13 @@ def test_an_interrupt_while_it_waits_ends_it_with_a_sentence(run_dir, vm):
     assert err == "ctl.py: interrupted; what the VM was asked to do, it may still do\n"
 
 
-def test_a_reader_that_goes_away_leaves_no_traceback(run_dir, vm):
+def test_a_reader_that_has_seen_enough_is_not_complained_of(run_dir, vm):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, CTL, "regs", "vm", "--rundir", run_dir]
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, encoding="utf-8")
     os.close(writer)
-    assert (result.returncode, result.stderr) == (1, "ctl.py: nobody reads what is printed\n")
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_the_parsers_can_be_had_for_the_documentation():
