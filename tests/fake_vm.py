@@ -3,8 +3,8 @@
     python fake_vm.py RUN_DIR NAME [busy] [slow] [refuse] [deaf]
 
 Each request is told on standard output, one JSON object a line, after a first line "ready". "busy" computes without a
-pause, as a virtual CPU does; "slow" takes half a second over a snapshot; "refuse" refuses all but status; "deaf" stops
-reading the socket.
+pause, as a virtual CPU does, and tells nothing; "slow" takes half a second over a snapshot; "refuse" refuses all but
+status; "deaf" stops reading the socket.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def main(run_dir: str, name: str, *behaviour: str) -> None:
         request = {"opcode": opcode.name, "vcpuid": message.data.vcpu.vcpuid}
         if opcode in TAKES_FILENAME:
             request = {"opcode": opcode.name, "filename": message.filename}
-        print(json.dumps(request), flush=True)
+        if "busy" not in behaviour:
+            print(json.dumps(request), flush=True)
         if "deaf" in behaviour:
             time.sleep(60)
         if "refuse" in behaviour and opcode != IpcOpcode.STATUS:
