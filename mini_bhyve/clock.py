@@ -1,8 +1,8 @@
 """Time: one virtual clock that everything in the machine reads.
 
 Mirrors what the host's TSC is to FreeBSD's vmm(4): PIT, RTC, TSC are all derived from one counter. Here that counter is
-the number of instructions executed, so that two runs of a guest are alike to the nanosecond. While the processor is halted
-no instruction passes, and the clock is moved to the next event instead (`skip_to`).
+the number of instructions executed, so that two runs of a guest are alike to the nanosecond. While the processor is
+halted no instruction passes, and the clock is moved to the next event instead (`skip_to`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The processor: its registers and modes, how it reaches memory, and how it runs.
 
-Mirrors Intel SDM vol. 1, chapter 3 (Basic Execution Environment), vol. 3A, chapter 2 (System Architecture Overview), and,
-on FreeBSD's side, struct vcpu and vm_run() of sys/amd64/vmm. What the instructions do is in `instructions/`, how they
-are decoded in `decode.py`, interrupts in `interrupts.py`, segments in `segmentation.py`, page tables in `paging.py`.
+Mirrors Intel SDM vol. 1, chapter 3 (Basic Execution Environment), vol. 3A, chapter 2 (System Architecture Overview),
+and, on FreeBSD's side, struct vcpu and vm_run() of sys/amd64/vmm. What the instructions do is in `instructions/`, how
+they are decoded in `decode.py`, interrupts in `interrupts.py`, segments in `segmentation.py`, page tables in
+`paging.py`.
 
     run() --> find_block() --> for each step: definition(cpu, operands ...)
                  |                                 |
@@ -12,24 +13,40 @@ are decoded in `decode.py`, interrupts in `interrupts.py`, segments in `segmenta
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Callable
 
 from mini_bhyve import flags as fl
 from mini_bhyve import interrupts, paging
 from mini_bhyve import segmentation as seg
 from mini_bhyve.clock import Clock
 from mini_bhyve.cpuid import CR4_SUPPORTED, EFER_SUPPORTED, SIGNATURE
-from mini_bhyve.decode import MAX_BLOCK, MAX_INSTRUCTION, Block, Decoder, Mode
+from mini_bhyve.decode import MAX_BLOCK, MAX_INSTRUCTION, Block, Decoder, Mode, Step
 from mini_bhyve.faults import GP, SS, GuestFault, Unsupported, VmExit, general_protection, undefined_opcode
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import PAGE_SIZE, GuestMemory
-from mini_bhyve.operands import MASKS, RAX, RDX, RSP, Register, general_register
+from mini_bhyve.operands import MASKS, RAX, RDX, RSP, Operand, Register, general_register
 from mini_bhyve.paging import FETCH, READ, USER_ACCESS, WRITE, Mmu
 from mini_bhyve.registers import (
-    CR0_CD, CR0_DEFINED, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, DR6_AFTER_RESET, DR7_AFTER_RESET,
-    DR7_ENABLE_BITS, EFER_LMA, EFER_LME, EFER_NXE,
+    CR0_CD,
+    CR0_DEFINED,
+    CR0_ET,
+    CR0_NW,
+    CR0_PE,
+    CR0_PG,
+    CR0_WP,
+    CR4_PAE,
+    CR4_PSE,
+    DR6_AFTER_RESET,
+    DR7_AFTER_RESET,
+    DR7_ENABLE_BITS,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NXE,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from mini_bhyve.loader import Start
 
 REGISTER_NAMES = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
 
@@ -57,23 +74,24 @@ class Cpu:
         self.clock = Clock(lambda: self.instructions)
         self.decoder = Decoder(self)
         # Decoded code: by where it lies in RAM, and by instruction pointer for each mode, as the page tables are now.
-        self.blocks: Dict[Tuple[Tuple[Optional[int], ...], int, Mode], Block] = {}
-        self.code_by_mode: Dict[Mode, Dict[int, Block]] = {}
+        self.blocks: dict[tuple[tuple[int | None, ...], int, Mode], Block] = {}
+        self.code_by_mode: dict[Mode, dict[int, Block]] = {}
         # How an interrupt controller is asked for its vector; the machine connects one.
         self.acknowledge_interrupt: Callable[[], int] = lambda: 0
         self.interrupt_line = False  # the INTR pin
         self.attention = False  # set, from any thread, to make run() return soon
         self.retired = 0  # instructions executed up to the beginning of the running block
-        self.running: Optional[Block] = None
-        self.regs: List[int] = [0] * 17  # RAX ... R15, and one that is always zero
+        self.running: Block | None = None
+        self.regs = [Register() for _ in range(17)]  # RAX ... R15, and one that is always zero
         self.reset()
 
-    # --- Registers and modes --------------------------------------------------------------------------------------------
+    # --- Registers and modes ----------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """The state after power-on or RESET (SDM vol. 3A, table 9-1). The instruction count goes on."""
-        self.regs[:] = [0] * 17
-        self.regs[RDX] = SIGNATURE
+        for register in self.regs:
+            register.value = 0
+        self.regs[RDX].value = SIGNATURE
         self.ip = self.next_ip = 0xFFF0
         self.flags: fl.FlagSource = (fl.EXPLICIT, 0, 0, 0, 32)
         self.system_flags = 0  # EFLAGS but for the arithmetic ones and the bit that is always 1
@@ -116,9 +134,9 @@ class Cpu:
     def protected_mode(self) -> bool:
         return self.cr0 & CR0_PE != 0
 
-    def accumulator(self, width: int) -> Register:
+    def accumulator(self, width: int) -> Operand:
         """AL, AX, EAX or RAX as an operand, for instructions that imply it."""
-        return general_register(self.regs, RAX, width, self.code_size)
+        return general_register(self.regs[RAX], width)
 
     def update_mode(self) -> None:
         """Work out what follows from CS, SS, CR0 and EFER, after one of them has changed."""
@@ -131,8 +149,10 @@ class Cpu:
             self.stack_mask = 0xFFFFFFFF if ss.access & seg.BIG else 0xFFFF
             flat = ss.flat and self.segments[seg.DS].flat and self.segments[seg.ES].flat
             code_base = cs.base
-            # Bits 63-32 of a register are undefined after 64-bit mode (SDM vol. 1, 3.4.1.1): here, zero.
-            self.regs[:] = [value & 0xFFFFFFFF for value in self.regs]
+        register_width = 64 if self.code_size == 64 else 32
+        if self.regs[RAX].width != register_width:
+            for register in self.regs:
+                register.set_width(register_width)
         self.linear_mask = MASKS[64] if self.code_size == 64 else MASKS[32]
         self.flat_stack = (ss.flat or self.code_size == 64) and self.stack_mask > 0xFFFF
         user = self.cpl == 3
@@ -272,13 +292,13 @@ class Cpu:
         self.interrupts_from = self.instructions + 2
         self.attention = True
 
-    # --- The state as a whole: at the start, in a snapshot, for bhyvectl ------------------------------------------------
+    # --- The state as a whole: at the start, in a snapshot, for bhyvectl --------------------------------------------
 
-    def start(self, start: "Start") -> None:
+    def start(self, start: Start) -> None:
         """Begin where and how a loader says."""
         self.reset()
         for name, value in start.registers.items():
-            self.regs[REGISTER_NAMES.index("r" + name[1:])] = value
+            self.regs[REGISTER_NAMES.index("r" + name[1:])].value = value
         self.gdtr_base, self.gdtr_limit = start.gdt_base, start.gdt_limit
         self.cr3 = start.cr3
         if start.mode == "real":
@@ -300,8 +320,8 @@ class Cpu:
 
     def snapshot(self, state) -> None:
         """Everything that tells how the guest goes on. What is decoded or in the TLB is found again."""
-        for index, name in enumerate(REGISTER_NAMES):
-            self.regs[index] = state.u64(name, self.regs[index])
+        for register, name in zip(self.regs, REGISTER_NAMES):
+            register.value = state.u64(name, register.value)
         self.ip = state.u64("rip", self.ip)
         flags = state.u32("rflags", self.eflags)
         self.system_flags, self.flags = flags & fl.SYSTEM, (fl.EXPLICIT, flags & fl.ARITHMETIC, 0, 0, 32)
@@ -309,8 +329,10 @@ class Cpu:
             segment.snapshot(state, name) for segment, name in zip(self.segments, seg.SEGMENT_NAMES)
         ]
         self.ldtr, self.tr = self.ldtr.snapshot(state, "ldtr"), self.tr.snapshot(state, "tr")
-        self.gdtr_base, self.gdtr_limit = state.u64("gdtr_base", self.gdtr_base), state.u16("gdtr_limit", self.gdtr_limit)
-        self.idtr_base, self.idtr_limit = state.u64("idtr_base", self.idtr_base), state.u16("idtr_limit", self.idtr_limit)
+        self.gdtr_base = state.u64("gdtr_base", self.gdtr_base)
+        self.gdtr_limit = state.u16("gdtr_limit", self.gdtr_limit)
+        self.idtr_base = state.u64("idtr_base", self.idtr_base)
+        self.idtr_limit = state.u16("idtr_limit", self.idtr_limit)
         self.cpl = state.u8("cpl", self.cpl)
         self.cr0, self.cr2 = state.u32("cr0", self.cr0), state.u64("cr2", self.cr2)
         self.cr3, self.cr4 = state.u64("cr3", self.cr3), state.u32("cr4", self.cr4)
@@ -326,9 +348,9 @@ class Cpu:
         self.update_paging()
         self.update_mode()
 
-    def register_values(self) -> Dict[str, int]:
+    def register_values(self) -> dict[str, int]:
         """All registers, under the names that bhyvectl has for them."""
-        values = dict(zip(REGISTER_NAMES, self.regs))
+        values = {name: register.value for name, register in zip(REGISTER_NAMES, self.regs)}
         values.update(rip=self.ip, rflags=self.eflags, efer=self.efer)
         values.update(cr0=self.cr0, cr2=self.cr2, cr3=self.cr3, cr4=self.cr4)
         values.update({f"dr{number}": self.debug_registers[number] for number in (0, 1, 2, 3, 6, 7)})
@@ -336,7 +358,9 @@ class Cpu:
         values.update(idtr_base=self.idtr_base, idtr_limit=self.idtr_limit)
         for name, segment in zip((*seg.SEGMENT_NAMES, "ldtr", "tr"), (*self.segments, self.ldtr, self.tr)):
             values[name] = segment.selector
-            values.update({f"{name}_base": segment.base, f"{name}_limit": segment.limit, f"{name}_access": segment.access})
+            values[f"{name}_base"] = segment.base
+            values[f"{name}_limit"] = segment.limit
+            values[f"{name}_access"] = segment.access
         return values
 
     def describe_mode(self) -> str:
@@ -346,7 +370,7 @@ class Cpu:
         paging_mode = self.mmu.mode
         return f"{self.code_size}-bit code, " + (f"{paging_mode.name} paging" if paging_mode else "no paging")
 
-    # --- Memory ---------------------------------------------------------------------------------------------------------
+    # --- Memory -----------------------------------------------------------------------------------------------------
 
     def load(self, address: int, width: int) -> int:
         """`width` bits from linear `address`, with the rights of the current privilege level."""
@@ -423,7 +447,7 @@ class Cpu:
     def store_segment_memory(self, index: int, offset: int, value: int, width: int) -> None:
         self.store(self.linear(index, offset, width >> 3, True), value, width)
 
-    # --- The stack ------------------------------------------------------------------------------------------------------
+    # --- The stack --------------------------------------------------------------------------------------------------
 
     def load_stack(self, offset: int, width: int) -> int:
         """`width` bits at `offset` in the stack segment."""
@@ -451,28 +475,28 @@ class Cpu:
     def push(self, value: int, width: int) -> None:
         """PUSH: the stack grows downwards, and RSP changes only once the value is there."""
         mask = self.stack_mask
-        rsp = self.regs[RSP]
+        rsp = self.regs[RSP].value
         offset = (rsp - (width >> 3)) & mask
         self.store_stack(offset, value, width)
-        self.regs[RSP] = rsp & ~mask | offset
+        self.regs[RSP].value = rsp & ~mask | offset
 
     def pop(self, width: int) -> int:
         mask = self.stack_mask
-        rsp = self.regs[RSP]
+        rsp = self.regs[RSP].value
         value = self.load_stack(rsp & mask, width)
-        self.regs[RSP] = rsp & ~mask | (rsp + (width >> 3)) & mask
+        self.regs[RSP].value = rsp & ~mask | (rsp + (width >> 3)) & mask
         return value
 
     def peek(self, depth: int, width: int) -> int:
         """What a POP would give `depth` bytes further up, RSP left alone."""
-        return self.load_stack((self.regs[RSP] + depth) & self.stack_mask, width)
+        return self.load_stack((self.regs[RSP].value + depth) & self.stack_mask, width)
 
     def move_stack_pointer(self, distance: int) -> None:
         """Add to RSP, ESP or SP, whichever the stack segment uses."""
         mask = self.stack_mask
-        self.regs[RSP] = self.regs[RSP] & ~mask | (self.regs[RSP] + distance) & mask
+        self.regs[RSP].value = self.regs[RSP].value & ~mask | (self.regs[RSP].value + distance) & mask
 
-    # --- Control flow -----------------------------------------------------------------------------------------------------
+    # --- Control flow -----------------------------------------------------------------------------------------------
 
     def branch(self, taken, target: int) -> None:
         """Go on at `target` (an offset in the code segment) if `taken`."""
@@ -490,7 +514,7 @@ class Cpu:
             ip = self.running.ips[self.running.next_ips.index(self.next_ip)]
         return f"{self.segments[seg.CS].selector:04x}:{ip:0{max(self.code_size, 16) // 4}x}"
 
-    # --- Running ----------------------------------------------------------------------------------------------------------
+    # --- Running ----------------------------------------------------------------------------------------------------
 
     @property
     def instructions(self) -> int:
@@ -514,7 +538,7 @@ class Cpu:
                     self.running = None
                     block = self.find_block()
                 self.running = block
-                steps = block.steps
+                steps: Iterable[Step] = block.steps
                 end = self.retired + block.length
                 if end > limit:
                     end = limit
@@ -547,7 +571,7 @@ class Cpu:
             return block.next_ips.index(self.next_ip) + 1
         return len(block.next_ips)
 
-    # --- Fetching and the cache of decoded code ---------------------------------------------------------------------------
+    # --- Fetching and the cache of decoded code ---------------------------------------------------------------------
 
     def find_block(self) -> Block:
         """The decoded code at CS:IP, from the cache or fresh. Raises what fetching it raises (#PF, #GP)."""
@@ -570,7 +594,7 @@ class Cpu:
         self.code[ip] = block
         return block
 
-    def block_at(self, places: Tuple[Optional[int], ...], code: bytes, on_first_page: int) -> Optional[Block]:
+    def block_at(self, places: tuple[int | None, ...], code: bytes, on_first_page: int) -> Block | None:
         """The block of the bytes `code`, which lie at `places` in RAM (one offset for each page; None: not in RAM).
 
         None if the first instruction needs more bytes than there are. With two places, `on_first_page` bytes are on the

@@ -5,8 +5,6 @@ Mirrors Intel SDM vol. 2A, CPUID, and FreeBSD's sys/amd64/vmm/x86.c. It offers w
 
 from __future__ import annotations
 
-from typing import Dict, Tuple
-
 from mini_bhyve.registers import CR4_PAE, CR4_PGE, CR4_PSE, CR4_TSD, EFER_LMA, EFER_LME, EFER_NXE
 
 VENDOR = b"GenuineIntel"
@@ -40,19 +38,19 @@ CR4_SUPPORTED = CR4_TSD | CR4_PSE | CR4_PAE | CR4_PGE
 EFER_SUPPORTED = EFER_LME | EFER_LMA | EFER_NXE
 
 
-def _bits(features: Dict[int, str]) -> int:
+def _bits(features: dict[int, str]) -> int:
     return sum(1 << bit for bit in features)
 
 
-def _text(text: bytes, start: int) -> Tuple[int, int, int, int]:
+def _text(text: bytes, start: int) -> tuple[int, int, int, int]:
     """Sixteen bytes of a text as EAX, EBX, ECX, EDX."""
     part = text.ljust(48, b"\0")[start : start + 16]
     a, b, c, d = (int.from_bytes(part[i : i + 4], "little") for i in (0, 4, 8, 12))
     return a, b, c, d
 
 
-def cpuid(leaf: int) -> Tuple[int, int, int, int]:
-    """EAX, EBX, ECX and EDX for a leaf; beyond the last one, what the last basic leaf says, as Intel's processors do."""
+def cpuid(leaf: int) -> tuple[int, ...]:
+    """EAX, EBX, ECX and EDX for a leaf. Beyond the last leaf: what the last basic one says, as on Intel's."""
     vendor = [int.from_bytes(VENDOR[i : i + 4], "little") for i in (0, 4, 8)]
     hypervisor = [int.from_bytes(HYPERVISOR[i : i + 4], "little") for i in (0, 4, 8)]
     basic_features = (SIGNATURE, 0, _bits(FEATURES_ECX), _bits(FEATURES_EDX))

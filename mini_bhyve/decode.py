@@ -1,15 +1,15 @@
 """Decoding: from bytes to steps that the CPU can run.
 
-capstone is the decoder (Intel SDM vol. 2A, chapter 2, Instruction Format, is what it implements); this file turns what it
-says into the definition and operand objects of this package. That costs tens of microseconds an instruction, so it is
-done once per place: a run of instructions up to the next jump is a `Block`, and blocks are cached.
+capstone is the decoder (Intel SDM vol. 2A, chapter 2, Instruction Format, is what it implements); this file turns what
+it says into the definition and operand objects of this package. That costs tens of microseconds an instruction, so it
+is done once per place: a run of instructions up to the next jump is a `Block`, and blocks are cached.
 
     bytes -> capstone -> (definition, its arguments, address of the next instruction) -> Block
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, List, NamedTuple, NoReturn, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
 
 import capstone
 from capstone import x86_const as x86
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 MAX_INSTRUCTION = 15  # bytes: the architecture's limit (SDM vol. 2A, 2.3.11)
 MAX_BLOCK = 64  # instructions: a pause or an interrupt waits for no more than this
 
-Step = Tuple[Callable, Tuple[Any, ...], int]
+Step = tuple[Callable, tuple[Any, ...], int]
 
 
 class Mode(NamedTuple):
-    """Everything about the processor's state that decoding depends on. Code decoded in one mode is not used in another."""
+    """What decoding depends on of the processor's state. Code decoded in one mode is not used in another."""
 
     code_size: int  # 16, 32 or 64: the default operand and address size
     stack_mask: int  # which bits of RSP a stack operation uses
@@ -43,13 +43,13 @@ class Block:
     """A run of instructions without a jump in it.
 
     The CPU walks `steps`. To drop a block is to empty that list: so a block that overwrites itself ends after the
-    instruction that did it. The addresses stay, for they tell how far it came: an instruction is known by where the next
-    one begins.
+    instruction that did it. The addresses stay, for they tell how far it came: an instruction is known by where the
+    next one begins.
     """
 
     __slots__ = ("ips", "length", "next_ips", "ranges", "steps")
 
-    def __init__(self, steps: List[Step], ips: Tuple[int, ...], ranges: List[Tuple[int, int]]):
+    def __init__(self, steps: list[Step], ips: tuple[int, ...], ranges: list[tuple[int, int]]):
         self.steps = steps
         self.length = len(steps)
         self.ips = ips
@@ -63,11 +63,12 @@ class Block:
 
 # capstone's number of a register -> (index, width, kind)
 _GPR = {}
-for _index, _names in enumerate(
-    "rax/eax/ax/al rcx/ecx/cx/cl rdx/edx/dx/dl rbx/ebx/bx/bl rsp/esp/sp/spl rbp/ebp/bp/bpl rsi/esi/si/sil rdi/edi/di/dil "
-    "r8/r8d/r8w/r8b r9/r9d/r9w/r9b r10/r10d/r10w/r10b r11/r11d/r11w/r11b r12/r12d/r12w/r12b r13/r13d/r13w/r13b "
-    "r14/r14d/r14w/r14b r15/r15d/r15w/r15b".split()
-):
+_GPR_NAMES = """
+    rax/eax/ax/al   rcx/ecx/cx/cl   rdx/edx/dx/dl   rbx/ebx/bx/bl   rsp/esp/sp/spl  rbp/ebp/bp/bpl  rsi/esi/si/sil
+    rdi/edi/di/dil  r8/r8d/r8w/r8b      r9/r9d/r9w/r9b      r10/r10d/r10w/r10b  r11/r11d/r11w/r11b
+    r12/r12d/r12w/r12b  r13/r13d/r13w/r13b  r14/r14d/r14w/r14b  r15/r15d/r15w/r15b
+"""
+for _index, _names in enumerate(_GPR_NAMES.split()):
     for _name, _width in zip(_names.split("/"), (64, 32, 16, 8)):
         _GPR[getattr(x86, f"X86_REG_{_name.upper()}")] = (_index, _width)
 _HIGH_BYTES = {x86.X86_REG_AH: 0, x86.X86_REG_CH: 1, x86.X86_REG_DH: 2, x86.X86_REG_BH: 3}
@@ -96,7 +97,7 @@ _RELATIVE = {
 class Decoder:
     """Makes blocks for one CPU."""
 
-    def __init__(self, cpu: "Cpu"):
+    def __init__(self, cpu: Cpu):
         self.cpu = cpu
         self.disassemblers = {}
         for size, mode in _CAPSTONE_MODES.items():
@@ -105,14 +106,14 @@ class Decoder:
 
     def decode(
         self, code: bytes, ip: int, mode: Mode, longest: int
-    ) -> Optional[Tuple[List[Step], Tuple[int, ...], int]]:
+    ) -> tuple[list[Step], tuple[int, ...], int] | None:
         """Decode `code`, which begins at offset `ip`, up to a jump, `longest` instructions or the end of the bytes.
 
         Returns the steps, the address of each, and the number of bytes used; None if the first instruction does not end
         within `code`.
         """
-        steps: List[Step] = []
-        ips: List[int] = []
+        steps: list[Step] = []
+        ips: list[int] = []
         offset = 0
         ends_block = False
         while offset < len(code) and len(steps) < longest and not ends_block:
@@ -131,7 +132,7 @@ class Decoder:
             steps.append(step)
         return (steps, tuple(ips), offset) if steps else None
 
-    def step(self, insn: capstone.CsInsn, mode: Mode) -> Tuple[Step, bool]:
+    def step(self, insn: capstone.CsInsn, mode: Mode) -> tuple[Step, bool]:
         """One instruction: what to call, with what, and whether the block ends with it."""
         encoding = encode(insn, mode)
         number = insn.id
@@ -150,9 +151,9 @@ class Decoder:
         ends_block = definition.ends_block or any(isinstance(operand, op.SpecialRegister) for operand in operands)
         return (definition.function, (*leading, *operands), encoding.next_ip), ends_block
 
-    def operands(self, insn: capstone.CsInsn, number: int, encoding: Encoding, mode: Mode) -> List[op.Operand]:
+    def operands(self, insn: capstone.CsInsn, number: int, encoding: Encoding, mode: Mode) -> list[op.Operand]:
         """The operand objects of one instruction, in the order of the manual (and of Intel's syntax)."""
-        found: List[op.Operand] = []
+        found: list[op.Operand] = []
         for operand in insn.operands:
             if operand.type == x86.X86_OP_REG:
                 found.append(self.register(operand.reg, mode))
@@ -172,9 +173,9 @@ class Decoder:
         """A register operand; #UD if the processor has no register of that number."""
         if number in _GPR:
             index, width = _GPR[number]
-            return op.general_register(self.cpu.regs, index, width, mode.code_size)
+            return op.general_register(self.cpu.regs[index], width)
         if number in _HIGH_BYTES:
-            return op.HighByte(self.cpu.regs, _HIGH_BYTES[number], 8)
+            return op.HighByte(self.cpu.regs[_HIGH_BYTES[number]], 8)
         if number in _SEGMENTS:
             return op.SegmentRegister(self.cpu, _SEGMENTS[number])
         width = 64 if mode.code_size == 64 else 32
@@ -198,8 +199,10 @@ class Decoder:
         # In 64-bit mode all segments but FS and GS are flat by decree (SDM vol. 3A, 3.4.4).
         flat = segment not in (FS, GS) if mode.code_size == 64 else mode.flat and segment in (ES, SS_, DS)
         kind = op.FlatMemory.for_width(width) if flat else op.SegmentedMemory
-        address_width = encoding.address_width
-        return kind(self.cpu, width, segment, base_index, index, where.scale, displacement, address_width)
+        base_register, index_register = self.cpu.regs[base_index], self.cpu.regs[index]
+        return kind(
+            self.cpu, width, segment, base_register, index_register, where.scale, displacement, encoding.address_width
+        )  # fmt: skip
 
 
 def encode(insn: capstone.CsInsn, mode: Mode) -> Encoding:
@@ -242,12 +245,12 @@ def _known(operand: Any) -> bool:
     return any(operand.reg in kind for kind in kinds)
 
 
-# --- Steps for what cannot be run: they act only if the guest gets there ---------------------------------------------------
+# --- Steps for what cannot be run: they act only if the guest gets there --------------------------------------------
 
 
 def _undefined() -> NoReturn:
     raise undefined_opcode()
 
 
-def _unsupported(cpu: "Cpu", code: bytes, text: str) -> NoReturn:
+def _unsupported(cpu: Cpu, code: bytes, text: str) -> NoReturn:
     raise Unsupported(f"instruction not supported at {cpu.where()}: {code.hex(' ')}  {text}")

@@ -1,12 +1,11 @@
 """What can go wrong inside the guest: exceptions of the processor, and the ends a VM can come to.
 
 Mirrors Intel SDM vol. 3A, chapter 6 (Interrupt and Exception Handling), table 6-1. A `GuestFault` is an event of the
-guest's own world: the processor delivers it through the guest's IDT. A `VmExit` ends the run and is the host's business.
+guest's own world: the processor delivers it through the guest's IDT. A `VmExit` ends the run and is the host's
+business.
 """
 
 from __future__ import annotations
-
-from typing import Optional
 
 # Exception vectors, by the manual's mnemonics.
 DE, DB, NMI, BP, OF, BR, UD, NM = range(8)
@@ -28,7 +27,7 @@ class GuestFault(Exception):
     `error_code` is None for vectors that push none. For a page fault, `address` is what CR2 will hold.
     """
 
-    def __init__(self, vector: int, error_code: Optional[int] = None, address: Optional[int] = None):
+    def __init__(self, vector: int, error_code: int | None = None, address: int | None = None):
         super().__init__(vector, error_code, address)
         self.vector = vector
         self.error_code = error_code

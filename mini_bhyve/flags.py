@@ -10,8 +10,8 @@ read. So an instruction leaves behind a *source*, the tuple
 
     (kind, a, b, result, width)
 
-and the functions below work a flag out of it. `a` and `b` are the operands and `result` what came out, all three unsigned
-and already cut to `width` bits. What `kind` says about them:
+and the functions below work a flag out of it. `a` and `b` are the operands and `result` what came out, all three
+unsigned and already cut to `width` bits. What `kind` says about them:
 
     kind      a              b           used by
     EXPLICIT  EFLAGS bits    -           POPF, SAHF, rotates ...: the flags themselves, as they stand in EFLAGS
@@ -27,7 +27,7 @@ equally on symbols that stand for numbers.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Tuple
+from typing import Callable
 
 CF, PF, AF, ZF, SF, TF, IF, DF, OF = (1 << bit for bit in (0, 2, 4, 6, 7, 8, 9, 10, 11))
 IOPL = 3 << 12
@@ -38,7 +38,7 @@ SYSTEM = TF | IF | DF | IOPL | NT | RF | VM | AC | VIF | VIP | ID
 
 EXPLICIT, ADD, SUB, ADC, SBB, LOGIC, INC, DEC, SHIFT = range(9)
 
-FlagSource = Tuple[int, int, int, int, int]
+FlagSource = tuple[int, int, int, int, int]
 
 # PF looks at the low byte only: 1 where the number of set bits is even.
 EVEN_PARITY = tuple(bin(byte).count("1") % 2 == 0 for byte in range(256))
@@ -109,7 +109,7 @@ def overflow(flags):
 
 
 def adjust(flags):
-    """AF: a carry out of bit 3, for decimal arithmetic. (The manual leaves it undefined after logic and shifts: here, 0.)"""
+    """AF: a carry out of bit 3, for decimal arithmetic. Undefined after logic and shifts: here, 0."""
     kind, a, b, result, _ = flags
     if kind == EXPLICIT:
         return a & AF != 0
@@ -134,10 +134,10 @@ def arithmetic_flags(flags: FlagSource) -> int:
     )
 
 
-# --- Conditions (SDM vol. 1, appendix B) ----------------------------------------------------------------------------------
+# --- Conditions (SDM vol. 1, appendix B) ----------------------------------------------------------------------------
 #
-# Each is a function of a flag source. After SUB and CMP, by far the most common source, a comparison of the operands says
-# it directly; otherwise it follows from the flags.
+# Each is a function of a flag source. After SUB and CMP, by far the most common source, a comparison of the operands
+# says it directly; otherwise it follows from the flags.
 
 
 def below_or_equal(flags):
@@ -201,7 +201,7 @@ def not_zero(flags):
 
 
 # The condition's name in a mnemonic (jo, setb, cmovle ...); synonyms are what the disassembler calls them.
-CONDITIONS: Dict[str, Callable] = {
+CONDITIONS: dict[str, Callable] = {
     "o": overflow, "no": _not(overflow),
     "b": carry, "ae": above_or_equal,
     "e": zero, "ne": not_zero,

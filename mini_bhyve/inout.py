@@ -1,13 +1,14 @@
 """The I/O ports: which device answers where.
 
-Mirrors usr.sbin/bhyve/inout.c, and Intel SDM vol. 1, chapter 19 (Input/Output). Devices here are 8 bits wide, as on the ISA
-bus: a wider access is so many byte accesses to successive ports. Where nobody answers, reads give all ones and writes
-vanish; with `x86.strictio=true` the VM stops there instead.
+Mirrors usr.sbin/bhyve/inout.c, and Intel SDM vol. 1, chapter 19 (Input/Output). Devices here are 8 bits wide, as on the
+ISA bus: a wider access is so many byte accesses to successive ports. Where nobody answers, reads give all ones and
+writes vanish; with `x86.strictio=true` the VM stops there instead.
 """
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
 from mini_bhyve.faults import Unsupported
 
@@ -28,7 +29,7 @@ class IoPorts:
 
     def __init__(self, strict: bool = False):
         self.strict = strict
-        self.devices: Dict[int, PortDevice] = {}
+        self.devices: dict[int, PortDevice] = {}
 
     def claim(self, device: PortDevice) -> None:
         """Let `device` answer at its ports."""
@@ -50,7 +51,7 @@ class IoPorts:
             if device:
                 device.outb(port + byte, value >> byte * 8 & 0xFF)
 
-    def find(self, port: int, action: str) -> "PortDevice | None":
+    def find(self, port: int, action: str) -> PortDevice | None:
         device = self.devices.get(port)
         if device is None and self.strict:
             raise Unsupported(f"{action} at port {port:#x}, where there is no device (x86.strictio=true)")

@@ -21,7 +21,6 @@ the guest then writes never reaches the file. The ROM's bytes lie in that mappin
 from __future__ import annotations
 
 import mmap
-from typing import Optional
 
 PAGE_SIZE = 4096
 ONE_MIB = 1 << 20
@@ -35,7 +34,7 @@ class GuestMemoryError(Exception):
 
 
 class GuestMemory:
-    """`size` bytes of RAM (a multiple of 4096, at most 3 GiB); `ram`, if given, is the mapping to use, as from a snapshot.
+    """`size` bytes of RAM (a multiple of 4096, at most 3 GiB), in a mapping of its own or in `ram`, a snapshot's.
 
     `bytes8`, `words16`, `words32` and `words64` show the same RAM by element size, indexed by address / element size:
     the quickest way CPython has to read a little-endian number from memory.
@@ -43,7 +42,7 @@ class GuestMemory:
 
     name = "memory-map"  # in a snapshot; what the memory holds is a file of its own
 
-    def __init__(self, size: int, ram: Optional[mmap.mmap] = None):
+    def __init__(self, size: int, ram: mmap.mmap | None = None):
         if size % PAGE_SIZE or not ONE_MIB <= size <= MAX_SIZE:
             raise GuestMemoryError(f"memory of {size} bytes: it must be from 1 MiB to 3 GiB, in pages of 4096 bytes")
         self.size = size
@@ -56,7 +55,7 @@ class GuestMemory:
         # The A20 gate: off, address bit 20 is stuck at 0, so that the megabyte wraps round as it did on the 8086.
         self.a20_mask = -1
 
-    # --- For the host: loaders, devices ---------------------------------------------------------------------------------
+    # --- For the host: loaders, devices -----------------------------------------------------------------------------
 
     def load(self, address: int, data: bytes) -> None:
         """Put `data` at physical `address`; GuestMemoryError if it does not fit into RAM."""
@@ -73,9 +72,9 @@ class GuestMemory:
         self.load(ONE_MIB - len(data), data)
         self.rom_size = len(data)
 
-    # --- For the processor ----------------------------------------------------------------------------------------------
+    # --- For the processor ------------------------------------------------------------------------------------------
 
-    def ram_offset(self, address: int) -> Optional[int]:
+    def ram_offset(self, address: int) -> int | None:
         """Where in `ram` the physical `address` lies; None if no RAM and no ROM answers there."""
         if address < self.size:
             return address

@@ -4,29 +4,29 @@ Mirrors Intel SDM vol. 1, 3.7 (Operand Addressing). Every operand has
 
     width      its size in bits
     mask       a number with that many ones
-    read()     its value, unsigned
-    write(v)   store a value that is already cut to `mask`
+    value      what it holds, unsigned; to be set to a number that is already cut to `mask`
 
-and memory has `address()` as well, the offset that LEA takes. Which class an operand gets is settled at decode time, by
-what the mode says, so that read() and write() have nothing left to decide:
+and memory has `address()` as well, the offset that LEA takes. To read or set the value of a memory operand is to access
+memory, and may fault. Which class an operand gets is settled at decode time, by what the mode says, so that nothing is
+left to decide when it is used:
 
     Register         a whole register: 64 bits in 64-bit mode, 32 elsewhere
-    LowDoubleword    EAX in 64-bit mode: a write clears bits 63-32 (vol. 1, 3.4.1.1)
-    LowWord, LowByte, HighByte          AX, AL, AH: a write leaves the other bits alone
+    LowDoubleword    EAX in 64-bit mode: setting it clears bits 63-32 (vol. 1, 3.4.1.1)
+    LowWord, LowByte, HighByte          AX, AL, AH: setting it leaves the other bits alone
     Immediate        a constant in the instruction
     FlatMemory8 ...  memory where segmentation adds and checks nothing: the common case by far
     SegmentedMemory  memory with a base to add and a limit to check
     SegmentRegister, ControlRegister, DebugRegister
 
-The general registers lie in `cpu.regs` in encoding order, RAX RCX RDX RBX RSP RBP RSI RDI R8 ... R15, and behind them a
-slot that is always 0. x86 has no zero register, but with one every address has the same form:
+The general registers are the objects in `cpu.regs`, in encoding order: RAX RCX RDX RBX RSP RBP RSI RDI R8 ... R15.
+Behind them is one that is always 0. x86 has no zero register, but with one every address has the same form:
 
     base + index * scale + displacement
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, List
+from typing import TYPE_CHECKING
 
 from mini_bhyve.faults import undefined_opcode
 from mini_bhyve.segmentation import CS, SS_
@@ -45,85 +45,99 @@ class Operand:
 
     __slots__ = ("mask", "width")
 
+    value: int
+
     def __init__(self, width: int):
         self.width = width
         self.mask = MASKS[width]
 
-    def read(self) -> int:
-        raise NotImplementedError
 
-    def write(self, value: int) -> None:
-        raise NotImplementedError
-
-
-# --- Registers and constants ------------------------------------------------------------------------------------------------
+# --- Registers and constants ----------------------------------------------------------------------------------------
 
 
 class Register(Operand):
-    """A whole register, and what the narrower views below share."""
+    """A general register itself: its value is a plain attribute, and as wide as the mode says."""
 
-    __slots__ = ("index", "regs")
+    __slots__ = ("value",)
 
-    def __init__(self, regs: List[int], index: int, width: int):
+    def __init__(self) -> None:
+        super().__init__(32)
+        self.value = 0
+
+    def set_width(self, width: int) -> None:
+        """32 or 64 bits. Bits 63-32 are undefined after 64-bit mode (SDM vol. 1, 3.4.1.1): here, zero."""
+        self.width = width
+        self.mask = MASKS[width]
+        self.value &= self.mask
+
+
+class PartOfRegister(Operand):
+    """What the narrower views of a register share."""
+
+    __slots__ = ("whole",)
+
+    def __init__(self, whole: Register, width: int):
         super().__init__(width)
-        self.regs = regs
-        self.index = index
-
-    def read(self):
-        return self.regs[self.index]
-
-    def write(self, value):
-        self.regs[self.index] = value
+        self.whole = whole
 
 
-class LowDoubleword(Register):
+class LowDoubleword(PartOfRegister):
     __slots__ = ()
 
-    def read(self):
-        return self.regs[self.index] & 0xFFFFFFFF
+    @property
+    def value(self):
+        return self.whole.value & 0xFFFFFFFF
+
+    @value.setter
+    def value(self, value):
+        self.whole.value = value
 
 
-class LowWord(Register):
+class LowWord(PartOfRegister):
     __slots__ = ()
 
-    def read(self):
-        return self.regs[self.index] & 0xFFFF
+    @property
+    def value(self):
+        return self.whole.value & 0xFFFF
 
-    def write(self, value):
-        self.regs[self.index] = self.regs[self.index] & ~0xFFFF | value
+    @value.setter
+    def value(self, value):
+        self.whole.value = self.whole.value & ~0xFFFF | value
 
 
-class LowByte(Register):
+class LowByte(PartOfRegister):
     __slots__ = ()
 
-    def read(self):
-        return self.regs[self.index] & 0xFF
+    @property
+    def value(self):
+        return self.whole.value & 0xFF
 
-    def write(self, value):
-        self.regs[self.index] = self.regs[self.index] & ~0xFF | value
+    @value.setter
+    def value(self, value):
+        self.whole.value = self.whole.value & ~0xFF | value
 
 
-class HighByte(Register):
+class HighByte(PartOfRegister):
     """AH, CH, DH, BH: bits 15-8 of the first four registers."""
 
     __slots__ = ()
 
-    def read(self):
-        return self.regs[self.index] >> 8 & 0xFF
+    @property
+    def value(self):
+        return self.whole.value >> 8 & 0xFF
 
-    def write(self, value):
-        self.regs[self.index] = self.regs[self.index] & ~0xFF00 | value << 8
+    @value.setter
+    def value(self, value):
+        self.whole.value = self.whole.value & ~0xFF00 | value << 8
 
 
-def general_register(regs: List[int], index: int, width: int, code_size: int) -> Register:
-    """The operand for the low `width` bits of a general register, in code of that size."""
+def general_register(whole: Register, width: int) -> Operand:
+    """The operand for the low `width` bits of a general register, in the present mode."""
     if width == 8:
-        return LowByte(regs, index, 8)
+        return LowByte(whole, 8)
     if width == 16:
-        return LowWord(regs, index, 16)
-    # Outside 64-bit mode the registers hold 32 bits and nothing above them.
-    kind = LowDoubleword if width == 32 and code_size == 64 else Register
-    return kind(regs, index, width)
+        return LowWord(whole, 16)
+    return whole if width == whole.width else LowDoubleword(whole, 32)
 
 
 class Immediate(Operand):
@@ -135,11 +149,8 @@ class Immediate(Operand):
         super().__init__(width)
         self.value = value & self.mask
 
-    def read(self):
-        return self.value
 
-
-# --- Memory -----------------------------------------------------------------------------------------------------------------
+# --- Memory ---------------------------------------------------------------------------------------------------------
 
 
 class Memory(Operand):
@@ -148,14 +159,21 @@ class Memory(Operand):
     `address_mask` cuts the sum to the address size. `segment` is the index of the segment register it goes through.
     """
 
-    __slots__ = ("address_mask", "base", "cpu", "displacement", "index", "regs", "scale", "segment")
+    __slots__ = ("address_mask", "base", "cpu", "displacement", "index", "scale", "segment")
 
     def __init__(
-        self, cpu: "Cpu", width: int, segment: int, base: int, index: int, scale: int, displacement: int, address_width: int
+        self,
+        cpu: Cpu,
+        width: int,
+        segment: int,
+        base: Register,
+        index: Register,
+        scale: int,
+        displacement: int,
+        address_width: int,
     ):
         super().__init__(width)
         self.cpu = cpu
-        self.regs = cpu.regs
         self.segment = segment
         self.base = base
         self.index = index
@@ -165,18 +183,26 @@ class Memory(Operand):
 
     def address(self):
         """The offset within the segment: what LEA computes."""
-        regs = self.regs
-        return (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+        return (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
 
-    def at(self, distance: int, width: int) -> "Memory":
+    def at(self, distance: int, width: int) -> Memory:
         """The memory operand `distance` bytes further on, for instructions that take two values from one place."""
         return type(self).for_width(width)(
             self.cpu, width, self.segment, self.base, self.index, self.scale, self.displacement + distance,
             self.address_mask.bit_length(),
         )  # fmt: skip
 
+    @property
+    def value(self):
+        """How memory is reached is for the kinds below to say."""
+        raise NotImplementedError
+
+    @value.setter
+    def value(self, value):
+        raise NotImplementedError
+
     @classmethod
-    def for_width(cls, width: int) -> "type[Memory]":
+    def for_width(cls, width: int) -> type[Memory]:
         """The class of the same kind for another width."""
         return cls
 
@@ -186,10 +212,12 @@ class SegmentedMemory(Memory):
 
     __slots__ = ()
 
-    def read(self):
+    @property
+    def value(self):
         return self.cpu.load_segment_memory(self.segment, self.address(), self.width)
 
-    def write(self, value):
+    @value.setter
+    def value(self, value):
         self.cpu.store_segment_memory(self.segment, self.address(), value, self.width)
 
 
@@ -202,31 +230,35 @@ class FlatMemory(Memory):
 
     __slots__ = ()
 
-    def read(self):
+    @property
+    def value(self):
         return self.cpu.load(self.address(), self.width)
 
-    def write(self, value):
+    @value.setter
+    def value(self, value):
         self.cpu.store(self.address(), value, self.width)
 
     @classmethod
-    def for_width(cls, width: int) -> "type[Memory]":
+    def for_width(cls, width: int) -> type[Memory]:
         return {8: FlatMemory8, 16: FlatMemory16, 32: FlatMemory32}.get(width, FlatMemory)
 
 
 class FlatMemory8(FlatMemory):
     __slots__ = ()
 
-    def read(self):
-        cpu, regs = self.cpu, self.regs
-        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+    @property
+    def value(self):
+        cpu = self.cpu
+        address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         try:
             return cpu.bytes8[cpu.read_tlb[address >> 12] + address]
         except KeyError:
             return cpu.load(address, 8)
 
-    def write(self, value):
-        cpu, regs = self.cpu, self.regs
-        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+    @value.setter
+    def value(self, value):
+        cpu = self.cpu
+        address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         try:
             cpu.bytes8[cpu.write_tlb[address >> 12] + address] = value
         except KeyError:
@@ -236,9 +268,10 @@ class FlatMemory8(FlatMemory):
 class FlatMemory16(FlatMemory):
     __slots__ = ()
 
-    def read(self):
-        cpu, regs = self.cpu, self.regs
-        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+    @property
+    def value(self):
+        cpu = self.cpu
+        address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 1:
             return cpu.load(address, 16)
         try:
@@ -246,9 +279,10 @@ class FlatMemory16(FlatMemory):
         except KeyError:
             return cpu.load(address, 16)
 
-    def write(self, value):
-        cpu, regs = self.cpu, self.regs
-        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+    @value.setter
+    def value(self, value):
+        cpu = self.cpu
+        address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 1:
             cpu.store(address, value, 16)
             return
@@ -261,9 +295,10 @@ class FlatMemory16(FlatMemory):
 class FlatMemory32(FlatMemory):
     __slots__ = ()
 
-    def read(self):
-        cpu, regs = self.cpu, self.regs
-        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+    @property
+    def value(self):
+        cpu = self.cpu
+        address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 3:
             return cpu.load(address, 32)
         try:
@@ -271,9 +306,10 @@ class FlatMemory32(FlatMemory):
         except KeyError:
             return cpu.load(address, 32)
 
-    def write(self, value):
-        cpu, regs = self.cpu, self.regs
-        address = (regs[self.base] + regs[self.index] * self.scale + self.displacement) & self.address_mask
+    @value.setter
+    def value(self, value):
+        cpu = self.cpu
+        address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 3:
             cpu.store(address, value, 32)
             return
@@ -283,7 +319,7 @@ class FlatMemory32(FlatMemory):
             cpu.store(address, value, 32)
 
 
-# --- Special registers ------------------------------------------------------------------------------------------------------
+# --- Special registers ----------------------------------------------------------------------------------------------
 
 
 class SpecialRegister(Operand):
@@ -297,16 +333,18 @@ class SegmentRegister(SpecialRegister):
 
     __slots__ = ("cpu", "index")
 
-    def __init__(self, cpu: "Cpu", index: int):
+    def __init__(self, cpu: Cpu, index: int):
         super().__init__(16)
         self.cpu = cpu
         self.index = index
 
-    def read(self):
+    @property
+    def value(self):
         return self.cpu.segments[self.index].selector
 
-    def write(self, value):
-        """#UD for CS: only a jump can change that. To SS, interrupts wait until the stack pointer can be set as well."""
+    @value.setter
+    def value(self, value):
+        """#UD for CS: only a jump changes that. After SS, interrupts wait until the stack pointer can be set too."""
         if self.index == CS:
             raise undefined_opcode()
         self.cpu.load_segment(self.index, value & 0xFFFF)
@@ -319,15 +357,17 @@ class ControlRegister(SpecialRegister):
 
     __slots__ = ("cpu", "number")
 
-    def __init__(self, cpu: "Cpu", number: int, width: int):
+    def __init__(self, cpu: Cpu, number: int, width: int):
         super().__init__(width)
         self.cpu = cpu
         self.number = number
 
-    def read(self):
+    @property
+    def value(self):
         return self.cpu.read_control_register(self.number)
 
-    def write(self, value):
+    @value.setter
+    def value(self, value):
         self.cpu.write_control_register(self.number, value)
 
 
@@ -336,15 +376,17 @@ class DebugRegister(SpecialRegister):
 
     __slots__ = ("cpu", "number")
 
-    def __init__(self, cpu: "Cpu", number: int, width: int):
+    def __init__(self, cpu: Cpu, number: int, width: int):
         super().__init__(width)
         self.cpu = cpu
         self.number = number + 2 if number in (4, 5) else number
         if number > 7:
             raise undefined_opcode()
 
-    def read(self):
+    @property
+    def value(self):
         return self.cpu.read_debug_register(self.number)
 
-    def write(self, value):
+    @value.setter
+    def value(self, value):
         self.cpu.write_debug_register(self.number, value)

@@ -17,7 +17,7 @@ PAE (4.4) is the 8-byte kind with two and a half levels: the top table has 4 ent
 
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from mini_bhyve.faults import GP, PF, GuestFault
 from mini_bhyve.memory import PAGE_SIZE, GuestMemory
@@ -39,9 +39,9 @@ class PagingMode(NamedTuple):
     """How to walk: the lowest address bit that each level's index uses, from the top, and the size of an entry."""
 
     name: str
-    shifts: Tuple[int, ...]
+    shifts: tuple[int, ...]
     entry_bytes: int
-    large_at: Tuple[int, ...]  # the levels (by shift) whose entry may map a large page
+    large_at: tuple[int, ...]  # the levels (by shift) whose entry may map a large page
 
     @property
     def index_mask(self) -> int:
@@ -58,8 +58,8 @@ class Mmu:
     """The paging unit. The CPU tells it, with `configure`, what CR0, CR3, CR4 and EFER say.
 
     The TLB is four dicts, one each for reads and writes by supervisor and user. They map a page number (linear address
-    >> 12) to a difference: linear address + difference = offset in `memory.ram`. A page that is not there, or that needs
-    a closer look, has no entry, so the quick path is one lookup, and its KeyError leads to the long one:
+    >> 12) to a difference: linear address + difference = offset in `memory.ram`. A page that is not there, or that
+    needs a closer look, has no entry, so the quick path is one lookup, and its KeyError leads to the long one:
 
     - pages outside RAM, and writes to ROM, never enter;
     - a page enters for writing only once its dirty bit is set;
@@ -68,17 +68,17 @@ class Mmu:
 
     def __init__(self, memory: GuestMemory):
         self.memory = memory
-        self.mode: Optional[PagingMode] = None
+        self.mode: PagingMode | None = None
         self.root = 0
         self.write_protect = False
         self.execute_disable = False
         self.canonical = False  # addresses have 48 bits and a sign
-        self.code_frames: Dict[int, list] = {}  # frames with decoded code; filled by the code cache
-        self.read_tlb: Tuple[Dict[int, int], Dict[int, int]] = ({}, {})  # [supervisor, user]
-        self.write_tlb: Tuple[Dict[int, int], Dict[int, int]] = ({}, {})
+        self.code_frames: dict[int, list] = {}  # frames with decoded code; filled by the code cache
+        self.read_tlb: tuple[dict[int, int], dict[int, int]] = ({}, {})  # [supervisor, user]
+        self.write_tlb: tuple[dict[int, int], dict[int, int]] = ({}, {})
 
     def configure(
-        self, mode: Optional[PagingMode], root: int, write_protect: bool, execute_disable: bool, canonical: bool
+        self, mode: PagingMode | None, root: int, write_protect: bool, execute_disable: bool, canonical: bool
     ) -> None:
         """Take over new control register values, and flush. `root` is the physical address of the top table."""
         self.mode = mode
@@ -134,7 +134,7 @@ class Mmu:
         table = self.root
         rights = WRITABLE | USER
         execute_disabled = False
-        entries: List[Tuple[int, int]] = []  # address and value of each entry used
+        entries: list[tuple[int, int]] = []  # address and value of each entry used
         for shift in mode.shifts:
             address = table + (linear >> shift & mode.index_mask) * mode.entry_bytes
             if mode is PAGING_PAE and shift == 30:
@@ -160,7 +160,7 @@ class Mmu:
         """Access rights (SDM vol. 3A, 4.6.1): the strictest entry of the walk decides."""
         refused = False
         if access & USER_ACCESS:
-            refused = not rights & USER or (access & WRITE and not rights & WRITABLE)
+            refused = not rights & USER or (access & WRITE != 0 and not rights & WRITABLE)
         elif access & WRITE and self.write_protect:
             refused = not rights & WRITABLE
         if access & FETCH and execute_disabled:
@@ -168,7 +168,7 @@ class Mmu:
         if refused:
             raise self.page_fault(linear, access, ERROR_PRESENT)
 
-    def mark_used(self, entries: List[Tuple[int, int]], access: int, entry_bytes: int) -> None:
+    def mark_used(self, entries: list[tuple[int, int]], access: int, entry_bytes: int) -> None:
         """Set the accessed bit in every entry used, and the dirty bit in the last one if this is a write."""
         last = len(entries) - 1
         for level, (address, entry) in enumerate(entries):

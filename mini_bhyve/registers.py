@@ -1,6 +1,7 @@
 """Names of the bits in control registers, and numbers of model-specific registers.
 
-Mirrors Intel SDM vol. 3A, 2.5 (Control Registers), 2.2.1 (EFER), vol. 4 (Model-Specific Registers). EFLAGS is in `flags.py`.
+Mirrors Intel SDM vol. 3A, 2.5 (Control Registers), 2.2.1 (EFER), vol. 4 (Model-Specific Registers). EFLAGS is in
+`flags.py`.
 """
 
 # CR0

@@ -1,7 +1,7 @@
 """Segments: descriptors, selectors, and the checks made when a segment register is loaded.
 
-Mirrors Intel SDM vol. 3A, chapter 3 (Protected-Mode Memory Management) and 5.5 to 5.8 (Privilege Levels), and the segment
-part of FreeBSD's sys/amd64/vmm (struct seg_desc).
+Mirrors Intel SDM vol. 3A, chapter 3 (Protected-Mode Memory Management) and 5.5 to 5.8 (Privilege Levels), and the
+segment part of FreeBSD's sys/amd64/vmm (struct seg_desc).
 
 A descriptor, 8 bytes (figure 3-8):
 
@@ -76,7 +76,7 @@ class Segment:
         """Descriptor privilege level."""
         return self.access >> DPL_SHIFT & 3
 
-    def snapshot(self, state, name: str) -> "Segment":
+    def snapshot(self, state, name: str) -> Segment:
         """The segment as saved under `name`, or restored from there."""
         return Segment(
             state.u16(f"{name}_selector", self.selector),
@@ -141,7 +141,7 @@ def is_null(selector: int) -> bool:
     return selector & ~3 == 0
 
 
-def read_descriptor(cpu: "Cpu", selector: int, vector: int = GP) -> Descriptor:
+def read_descriptor(cpu: Cpu, selector: int, vector: int = GP) -> Descriptor:
     """Fetch the descriptor that `selector` names; the fault `vector` (#GP, or #TS) if it lies beyond its table."""
     base, limit = (cpu.ldtr.base, cpu.ldtr.limit) if selector & 4 else (cpu.gdtr_base, cpu.gdtr_limit)
     if selector | 7 > limit or (selector & 4 and cpu.ldtr.access & UNUSABLE):
@@ -150,7 +150,7 @@ def read_descriptor(cpu: "Cpu", selector: int, vector: int = GP) -> Descriptor:
     return Descriptor(cpu.load_system(address, 64), address)
 
 
-def mark_accessed(cpu: "Cpu", descriptor: Descriptor) -> Descriptor:
+def mark_accessed(cpu: Cpu, descriptor: Descriptor) -> Descriptor:
     """The processor notes in the table that the segment has been used (SDM vol. 3A, 3.4.5.1)."""
     if descriptor.raw >> 40 & ACCESSED:
         return descriptor
@@ -159,7 +159,7 @@ def mark_accessed(cpu: "Cpu", descriptor: Descriptor) -> Descriptor:
     return Descriptor(raw, descriptor.address)
 
 
-def data_segment(cpu: "Cpu", selector: int) -> Segment:
+def data_segment(cpu: Cpu, selector: int) -> Segment:
     """What DS, ES, FS or GS becomes in protected mode (SDM vol. 3A, 5.6). Raises #GP or #NP with the selector."""
     if is_null(selector):
         return null_segment(selector)
@@ -175,7 +175,7 @@ def data_segment(cpu: "Cpu", selector: int) -> Segment:
     return mark_accessed(cpu, descriptor).segment(selector)
 
 
-def stack_segment(cpu: "Cpu", selector: int, cpl: int, vector: int = GP) -> Segment:
+def stack_segment(cpu: Cpu, selector: int, cpl: int, vector: int = GP) -> Segment:
     """What SS becomes for privilege level `cpl` (SDM vol. 3A, 5.7). `vector` is #TS where the selector is a TSS's."""
     if is_null(selector):
         if cpu.code_size == 64 and cpl < 3 and selector & 3 == cpl:
@@ -191,7 +191,7 @@ def stack_segment(cpu: "Cpu", selector: int, cpl: int, vector: int = GP) -> Segm
     return mark_accessed(cpu, descriptor).segment(selector)
 
 
-def code_segment(cpu: "Cpu", selector: int, descriptor: Descriptor, cpl: int) -> Segment:
+def code_segment(cpu: Cpu, selector: int, descriptor: Descriptor, cpl: int) -> Segment:
     """What CS becomes: present, marked accessed, its RPL the privilege level it runs at. #NP with the selector."""
     if not descriptor.present:
         raise GuestFault(NP, selector & ~3)
@@ -200,14 +200,14 @@ def code_segment(cpu: "Cpu", selector: int, descriptor: Descriptor, cpl: int) ->
     return mark_accessed(cpu, descriptor).segment(selector & ~3 | cpl)
 
 
-def system_segment(cpu: "Cpu", selector: int) -> Descriptor:
+def system_segment(cpu: Cpu, selector: int) -> Descriptor:
     """The descriptor for LLDT and LTR: in the GDT; in 64-bit mode 16 bytes long, with bits 63-32 of the base at 64."""
     if selector & 4:
         raise general_protection(selector & ~3)
     return read_descriptor(cpu, selector)
 
 
-def load_ldtr(cpu: "Cpu", selector: int) -> None:
+def load_ldtr(cpu: Cpu, selector: int) -> None:
     """LLDT (SDM vol. 2A)."""
     if is_null(selector):
         cpu.ldtr = null_segment(selector)
@@ -220,7 +220,7 @@ def load_ldtr(cpu: "Cpu", selector: int) -> None:
     cpu.ldtr = _wide_base(cpu, descriptor, selector)
 
 
-def load_tr(cpu: "Cpu", selector: int) -> None:
+def load_tr(cpu: Cpu, selector: int) -> None:
     """LTR (SDM vol. 2A): the TSS must be available, and becomes busy."""
     if is_null(selector):
         raise general_protection(0)
@@ -235,12 +235,12 @@ def load_tr(cpu: "Cpu", selector: int) -> None:
     cpu.store_system(descriptor.address + 5, busy.raw >> 40 & 0xFF, 8)
 
 
-def _wide_base(cpu: "Cpu", descriptor: Descriptor, selector: int) -> Segment:
+def _wide_base(cpu: Cpu, descriptor: Descriptor, selector: int) -> Segment:
     high = cpu.load_system(descriptor.address + 8, 32) if cpu.long_mode else 0
     return Segment(selector, descriptor.base | high << 32, descriptor.limit, descriptor.access)
 
 
-def stack_from_tss(cpu: "Cpu", level: int) -> "tuple[int, int]":
+def stack_from_tss(cpu: Cpu, level: int) -> tuple[int, int]:
     """SS and ESP for a privilege level below 3, from the current TSS (SDM vol. 3A, figures 7-2 and 7-10)."""
     wide = cpu.tr.access & TYPE == TSS32_BUSY
     offset, size = (4 + level * 8, 8) if wide else (2 + level * 4, 4)

@@ -10,68 +10,68 @@ from mini_bhyve.operands import RAX, RDX
 
 @instruction("add")
 def add(cpu, dst, src):
-    a, b = dst.read(), src.read()
+    a, b = dst.value, src.value
     result = (a + b) & dst.mask
-    dst.write(result)
+    dst.value = result
     cpu.flags = (ADD, a, b, result, dst.width)
 
 
 @instruction("adc")
 def adc(cpu, dst, src):
-    a, b = dst.read(), src.read()
+    a, b = dst.value, src.value
     result = (a + b + carry(cpu.flags)) & dst.mask
-    dst.write(result)
+    dst.value = result
     cpu.flags = (ADC, a, b, result, dst.width)
 
 
 @instruction("sub")
 def sub(cpu, dst, src):
-    a, b = dst.read(), src.read()
+    a, b = dst.value, src.value
     result = (a - b) & dst.mask
-    dst.write(result)
+    dst.value = result
     cpu.flags = (SUB, a, b, result, dst.width)
 
 
 @instruction("sbb")
 def sbb(cpu, dst, src):
-    a, b = dst.read(), src.read()
+    a, b = dst.value, src.value
     result = (a - b - carry(cpu.flags)) & dst.mask
-    dst.write(result)
+    dst.value = result
     cpu.flags = (SBB, a, b, result, dst.width)
 
 
 @instruction("cmp")
 def cmp(cpu, dst, src):
     """CMP is SUB that keeps the flags only."""
-    a, b = dst.read(), src.read()
+    a, b = dst.value, src.value
     cpu.flags = (SUB, a, b, (a - b) & dst.mask, dst.width)
 
 
 @instruction("inc")
 def inc(cpu, dst):
     """INC leaves the carry flag alone, so that a loop can count while it adds long numbers."""
-    result = (dst.read() + 1) & dst.mask
-    dst.write(result)
+    result = (dst.value + 1) & dst.mask
+    dst.value = result
     cpu.flags = (INC, carry(cpu.flags), 0, result, dst.width)
 
 
 @instruction("dec")
 def dec(cpu, dst):
-    result = (dst.read() - 1) & dst.mask
-    dst.write(result)
+    result = (dst.value - 1) & dst.mask
+    dst.value = result
     cpu.flags = (DEC, carry(cpu.flags), 0, result, dst.width)
 
 
 @instruction("neg")
 def neg(cpu, dst):
     """NEG is a subtraction from zero."""
-    b = dst.read()
+    b = dst.value
     result = (0 - b) & dst.mask
-    dst.write(result)
+    dst.value = result
     cpu.flags = (SUB, 0, b, result, dst.width)
 
 
-# --- Multiplication and division ----------------------------------------------------------------------------------------------
+# --- Multiplication and division ------------------------------------------------------------------------------------
 #
 # Both work on a double-width number. Its halves are, by the operand's width,
 #
@@ -82,26 +82,26 @@ def _read_double(cpu, width):
     """The number in the two halves."""
     mask = (1 << width) - 1
     if width == 8:
-        return cpu.regs[RAX] & 0xFFFF
-    return (cpu.regs[RDX] & mask) << width | cpu.regs[RAX] & mask
+        return cpu.regs[RAX].value & 0xFFFF
+    return (cpu.regs[RDX].value & mask) << width | cpu.regs[RAX].value & mask
 
 
 def _write_halves(cpu, high, low, width):
     """Store the two halves; 8- and 16-bit ones leave the rest of their registers alone."""
     regs = cpu.regs
     if width == 8:
-        regs[RAX] = regs[RAX] & ~0xFFFF | high << 8 | low
+        regs[RAX].value = regs[RAX].value & ~0xFFFF | high << 8 | low
     elif width == 16:
-        regs[RAX] = regs[RAX] & ~0xFFFF | low
-        regs[RDX] = regs[RDX] & ~0xFFFF | high
+        regs[RAX].value = regs[RAX].value & ~0xFFFF | low
+        regs[RDX].value = regs[RDX].value & ~0xFFFF | high
     else:
-        regs[RAX], regs[RDX] = low, high
+        regs[RAX].value, regs[RDX].value = low, high
 
 
 @instruction("mul")
 def mul(cpu, src):
     """MUL: unsigned. CF and OF tell that the upper half is in use."""
-    product = (cpu.regs[RAX] & src.mask) * src.read()
+    product = (cpu.regs[RAX].value & src.mask) * src.value
     high, low = product >> src.width, product & src.mask
     _write_halves(cpu, high, low, src.width)
     cpu.flags = (SHIFT, high != 0, high != 0, low, src.width)
@@ -115,23 +115,23 @@ def imul(cpu, dst, src=None, factor=None):
     """
     width = dst.width
     if src is None:
-        product = signed(cpu.regs[RAX] & dst.mask, width) * signed(dst.read(), width)
+        product = signed(cpu.regs[RAX].value & dst.mask, width) * signed(dst.value, width)
     else:
         a, b = (dst, src) if factor is None else (src, factor)
-        product = signed(a.read(), width) * signed(b.read(), width)
+        product = signed(a.value, width) * signed(b.value, width)
     low = product & dst.mask
     if src is None:
         _write_halves(cpu, product >> width & dst.mask, low, width)
     else:
-        dst.write(low)
+        dst.value = low
     lost = signed(low, width) != product
     cpu.flags = (SHIFT, lost, lost, low, width)
 
 
 @instruction("div", data_decides=True)
 def div(cpu, src):
-    """DIV: unsigned; #DE for a divisor of zero and for a quotient that does not fit. The flags are undefined: left alone."""
-    dividend, divisor = _read_double(cpu, src.width), src.read()
+    """DIV: unsigned; #DE for a divisor of zero and for a quotient that does not fit. It leaves the flags alone."""
+    dividend, divisor = _read_double(cpu, src.width), src.value
     if divisor == 0:
         raise GuestFault(DE)
     quotient, remainder = divmod(dividend, divisor)
@@ -145,7 +145,7 @@ def idiv(cpu, src):
     """IDIV: signed, and rounded towards zero: the remainder has the dividend's sign. (Python rounds downwards.)"""
     width = src.width
     dividend = signed(_read_double(cpu, width), width * 2)
-    divisor = signed(src.read(), width)
+    divisor = signed(src.value, width)
     if divisor == 0:
         raise GuestFault(DE)
     quotient = abs(dividend) // abs(divisor)

@@ -11,14 +11,14 @@ def _define_setcc(condition_name, condition):
     @instruction(f"set{condition_name}")
     def setcc(cpu, dst):
         """SETcc: 1 if the condition holds, else 0."""
-        dst.write(choose(condition(cpu.flags), 1, 0))
+        dst.value = choose(condition(cpu.flags), 1, 0)
 
 
 for _name, _condition in CONDITIONS.items():
     _define_setcc(_name, _condition)
 
 
-# --- Bit test -----------------------------------------------------------------------------------------------------------------
+# --- Bit test -------------------------------------------------------------------------------------------------------
 
 
 def _bit_and_place(dst, src):
@@ -28,9 +28,9 @@ def _bit_and_place(dst, src):
         bit numbers    ...  -1    | 0 ... w-1  | w ...
     """
     if isinstance(dst, Memory) and not isinstance(src, Immediate):
-        number = signed(src.read(), src.width)
+        number = signed(src.value, src.width)
         return number & (dst.width - 1), dst.at((number >> (dst.width.bit_length() - 1)) * (dst.width // 8), dst.width)
-    return src.read() & (dst.width - 1), dst
+    return src.value & (dst.width - 1), dst
 
 
 def _set_carry(cpu, bit):
@@ -41,7 +41,7 @@ def _set_carry(cpu, bit):
 @instruction("bt")
 def bt(cpu, dst, src):
     bit, place = _bit_and_place(dst, src)
-    _set_carry(cpu, place.read() >> bit & 1)
+    _set_carry(cpu, place.value >> bit & 1)
 
 
 def _define_bit_change(name, change):
@@ -49,8 +49,8 @@ def _define_bit_change(name, change):
     def change_bit(cpu, dst, src):
         """BTS, BTR, BTC: as BT, then set, reset or complement the bit."""
         bit, place = _bit_and_place(dst, src)
-        value = place.read()
-        place.write(change(value, 1 << bit))
+        value = place.value
+        place.value = change(value, 1 << bit)
         _set_carry(cpu, value >> bit & 1)
 
 
@@ -59,24 +59,24 @@ _define_bit_change("btr", lambda value, bit: value & ~bit)
 _define_bit_change("btc", lambda value, bit: value ^ bit)
 
 
-# --- Bit scan -----------------------------------------------------------------------------------------------------------------
+# --- Bit scan -------------------------------------------------------------------------------------------------------
 
 
 @instruction("bsf", data_decides=True)
 def bsf(cpu, dst, src):
     """BSF: the number of the lowest 1. For a source of zero ZF is set and the destination keeps its value."""
-    value = src.read()
+    value = src.value
     if value:
-        dst.write((value & -value).bit_length() - 1)
+        dst.value = (value & -value).bit_length() - 1
     _set_zero(cpu, value, src.width)
 
 
 @instruction("bsr", data_decides=True)
 def bsr(cpu, dst, src):
     """BSR: the number of the highest 1."""
-    value = src.read()
+    value = src.value
     if value:
-        dst.write(value.bit_length() - 1)
+        dst.value = value.bit_length() - 1
     _set_zero(cpu, value, src.width)
 
 

@@ -12,7 +12,7 @@ from mini_bhyve.operands import RCX, RSP, Memory
 
 @instruction("jmp", ends_block=True)
 def jmp(cpu, target):
-    cpu.branch(True, target.read())
+    cpu.branch(True, target.value)
 
 
 def _define_jump(condition_name, condition):
@@ -28,7 +28,7 @@ for _name, _condition in fl.CONDITIONS.items():
 
 @instruction("call", encoded=True, ends_block=True)
 def call(cpu, encoding, target):
-    destination = target.read()
+    destination = target.value
     cpu.push(encoding.next_ip, encoding.stack_width)
     cpu.branch(True, destination)
 
@@ -38,15 +38,15 @@ def ret(cpu, encoding, released=None):
     """RET: to the address on the stack; `released` bytes of arguments above it go as well."""
     cpu.branch(True, cpu.pop(encoding.stack_width))
     if released is not None:
-        cpu.move_stack_pointer(released.read())
+        cpu.move_stack_pointer(released.value)
 
 
-# --- Loops --------------------------------------------------------------------------------------------------------------------
+# --- Loops ----------------------------------------------------------------------------------------------------------
 
 
 def _count_register(cpu, width):
     """CX, ECX or RCX: the counter is as wide as addresses are."""
-    return cpu.regs[RCX] & (1 << width) - 1
+    return cpu.regs[RCX].value & (1 << width) - 1
 
 
 def _define_loop(name, goes_on):
@@ -55,10 +55,10 @@ def _define_loop(name, goes_on):
         """LOOPcc: count down, and jump unless the counter is zero (and ZF is as asked for)."""
         width = encoding.address_width
         mask = (1 << width) - 1
-        count = (cpu.regs[RCX] - 1) & mask
-        keep = cpu.regs[RCX] & ~mask if width == 16 else 0
-        cpu.regs[RCX] = keep | count
-        cpu.branch((count != 0) & goes_on(cpu), target.read())
+        count = (cpu.regs[RCX].value - 1) & mask
+        keep = cpu.regs[RCX].value & ~mask if width == 16 else 0
+        cpu.regs[RCX].value = keep | count
+        cpu.branch((count != 0) & goes_on(cpu), target.value)
 
 
 _define_loop("loop", lambda cpu: True)
@@ -68,22 +68,22 @@ _define_loop("loopne", lambda cpu: fl.not_zero(cpu.flags))
 
 @instruction("jcxz", "jecxz", "jrcxz", encoded=True, ends_block=True)
 def jcxz(cpu, encoding, target):
-    cpu.branch(_count_register(cpu, encoding.address_width) == 0, target.read())
+    cpu.branch(_count_register(cpu, encoding.address_width) == 0, target.value)
 
 
-# --- Far transfers ------------------------------------------------------------------------------------------------------------
+# --- Far transfers --------------------------------------------------------------------------------------------------
 
 
 def _far_pointer(encoding, operands):
     """Selector and offset, from the instruction itself or from memory, where the offset comes first."""
     if len(operands) == 2:
         selector, offset = operands
-        return selector.read(), offset.read() & (1 << encoding.operand_width) - 1
+        return selector.value, offset.value & (1 << encoding.operand_width) - 1
     (pointer,) = operands
     if not isinstance(pointer, Memory):
         raise undefined_opcode()
-    offset = pointer.at(0, encoding.operand_width).read()
-    return pointer.at(encoding.operand_width // 8, 16).read(), offset
+    offset = pointer.at(0, encoding.operand_width).value
+    return pointer.at(encoding.operand_width // 8, 16).value, offset
 
 
 def _direct_code_segment(cpu, selector, descriptor):
@@ -138,7 +138,7 @@ def lcall(cpu, encoding, *operands):
         segment = _far_destination(cpu, selector, offset)
     else:
         segment = _real_code_segment(cpu, selector)
-    stack = interrupts.NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP], cpu.cpl)
+    stack = interrupts.NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP].value, cpu.cpl)
     stack.push(cpu.segments[seg.CS].selector, encoding.operand_width)
     stack.push(encoding.next_ip, encoding.operand_width)
     stack.commit()
@@ -148,15 +148,15 @@ def lcall(cpu, encoding, *operands):
 
 @instruction("retf", "retfq", encoded=True, ends_block=True, data_decides=True)
 def retf(cpu, encoding, released=None):
-    interrupts.far_return(cpu, encoding.operand_width, released.read() if released else 0)
+    interrupts.far_return(cpu, encoding.operand_width, released.value if released else 0)
 
 
-# --- Interrupts from the program ------------------------------------------------------------------------------------------------
+# --- Interrupts from the program ------------------------------------------------------------------------------------
 
 
 @instruction("int", ends_block=True, data_decides=True)
 def int_(cpu, vector):
-    interrupts.deliver(cpu, vector.read(), None, software=True)
+    interrupts.deliver(cpu, vector.value, None, software=True)
 
 
 @instruction("int3", ends_block=True, data_decides=True)
@@ -175,9 +175,9 @@ def into(cpu):
 def bound(cpu, index, limits):
     """BOUND: #BR unless lower <= index <= upper, all signed; the two limits lie side by side in memory."""
     width = index.width
-    lower = signed(limits.at(0, width).read(), width)
-    upper = signed(limits.at(width // 8, width).read(), width)
-    if not lower <= signed(index.read(), width) <= upper:
+    lower = signed(limits.at(0, width).value, width)
+    upper = signed(limits.at(width // 8, width).value, width)
+    if not lower <= signed(index.value, width) <= upper:
         raise GuestFault(BR)
 
 

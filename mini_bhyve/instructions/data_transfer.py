@@ -1,5 +1,5 @@
-"""Data transfer (Intel SDM vol. 1, 5.1.1): moves, exchanges, the stack, conversions. None of them changes the flags, but
-CMPXCHG, CMPXCHG8B and XADD.
+"""Data transfer (Intel SDM vol. 1, 5.1.1): moves, exchanges, the stack, conversions. None of them changes the flags,
+but CMPXCHG, CMPXCHG8B and XADD.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from mini_bhyve.operands import RAX, RBP, RBX, RCX, RDX, RSP, Memory, SegmentReg
 @instruction("mov", "movabs")
 def mov(cpu, dst, src):
     """MOV, also to and from segment, control and debug registers: what more happens then is the operand's business."""
-    dst.write(src.read())
+    dst.value = src.value
 
 
 @instruction("movzx")
 def movzx(cpu, dst, src):
-    dst.write(src.read())
+    dst.value = src.value
 
 
 @instruction("movsx", "movsxd")
 def movsx(cpu, dst, src):
-    dst.write(sign_extend(src.read(), src.width, dst.width))
+    dst.value = sign_extend(src.value, src.width, dst.width)
 
 
 def _define_cmov(condition_name, condition):
     @instruction(f"cmov{condition_name}")
     def cmov(cpu, dst, src):
         """CMOVcc reads its source, and writes its destination, whether the condition holds or not."""
-        value = src.read()
-        dst.write(choose(condition(cpu.flags), value, dst.read()))
+        value = src.value
+        dst.value = choose(condition(cpu.flags), value, dst.value)
 
 
 for _name, _condition in CONDITIONS.items():
@@ -39,38 +39,38 @@ for _name, _condition in CONDITIONS.items():
 
 @instruction("xchg")
 def xchg(cpu, dst, src):
-    a, b = dst.read(), src.read()
+    a, b = dst.value, src.value
     if isinstance(src, Memory):  # the operand that may fault is written first
-        src.write(a)
-        dst.write(b)
+        src.value = a
+        dst.value = b
     else:
-        dst.write(b)
-        src.write(a)
+        dst.value = b
+        src.value = a
 
 
 @instruction("bswap")
 def bswap(cpu, dst):
-    """BSWAP reverses the bytes. Of a 16-bit register the result is undefined: it becomes zero, as on real processors."""
-    value = dst.read()
+    """BSWAP reverses the bytes. With a 16-bit register, undefined by the manual, processors give zero."""
+    value = dst.value
     if dst.width == 16:
-        dst.write(0)
+        dst.value = 0
         return
     result = 0
     for byte in range(dst.width // 8):
         result = result | (value >> byte * 8 & 0xFF) << (dst.width - 8 - byte * 8)
-    dst.write(result)
+    dst.value = result
 
 
 @instruction("xadd")
 def xadd(cpu, dst, src):
-    a, b = dst.read(), src.read()
+    a, b = dst.value, src.value
     result = (a + b) & dst.mask
     if isinstance(dst, Memory):
-        dst.write(result)
-        src.write(a)
+        dst.value = result
+        src.value = a
     else:
-        src.write(a)
-        dst.write(result)
+        src.value = a
+        dst.value = result
     cpu.flags = (ADD, a, b, result, dst.width)
 
 
@@ -81,13 +81,13 @@ def cmpxchg(cpu, dst, src):
     Memory is written in both cases, with its old value if they differ.
     """
     accumulator = cpu.accumulator(dst.width)
-    expected, old = accumulator.read(), dst.read()
+    expected, old = accumulator.value, dst.value
     if expected == old:
-        dst.write(src.read())
+        dst.value = src.value
     else:
         if isinstance(dst, Memory):
-            dst.write(old)
-        accumulator.write(old)
+            dst.value = old
+        accumulator.value = old
     cpu.flags = (SUB, expected, old, (expected - old) & dst.mask, dst.width)
 
 
@@ -98,24 +98,24 @@ def cmpxchg8b(cpu, dst):
     mask = (1 << half) - 1
     low, high = dst.at(0, half), dst.at(half // 8, half)
     regs = cpu.regs
-    old_low, old_high = low.read(), high.read()
-    equal = (old_low, old_high) == (regs[RAX] & mask, regs[RDX] & mask)
+    old_low, old_high = low.value, high.value
+    equal = (old_low, old_high) == (regs[RAX].value & mask, regs[RDX].value & mask)
     # Memory is written either way: first the half that a page boundary may put out of reach.
-    high.write(regs[RCX] & mask if equal else old_high)
-    low.write(regs[RBX] & mask if equal else old_low)
+    high.value = regs[RCX].value & mask if equal else old_high
+    low.value = regs[RBX].value & mask if equal else old_low
     if not equal:
-        regs[RAX], regs[RDX] = old_low, old_high
+        regs[RAX].value, regs[RDX].value = old_low, old_high
     flags = arithmetic_flags(cpu.flags) & ~ZF | (ZF if equal else 0)
     cpu.flags = (EXPLICIT, flags, 0, 0, 32)
 
 
-# --- The stack --------------------------------------------------------------------------------------------------------------
+# --- The stack ------------------------------------------------------------------------------------------------------
 
 
 @instruction("push", encoded=True)
 def push(cpu, encoding, src):
     """PUSH. A segment register or a constant takes a whole slot of the stack; PUSH ESP pushes the value from before."""
-    cpu.push(src.read(), encoding.stack_width)
+    cpu.push(src.value, encoding.stack_width)
 
 
 @instruction("pop", encoded=True)
@@ -124,24 +124,24 @@ def pop(cpu, encoding, dst):
     width = encoding.stack_width
     value = cpu.peek(0, width)
     if isinstance(dst, SegmentRegister):
-        dst.write(value)
+        dst.value = value
         cpu.move_stack_pointer(width // 8)
     elif isinstance(dst, Memory):
         # The store may fault, so it comes before the change of ESP, with the address adjusted for that.
-        target = dst.at(width // 8, width) if dst.base == RSP else dst
-        target.write(value)
+        target = dst.at(width // 8, width) if dst.base is cpu.regs[RSP] else dst
+        target.value = value
         cpu.move_stack_pointer(width // 8)
     else:
         cpu.move_stack_pointer(width // 8)
-        dst.write(value)
+        dst.value = value
 
 
 @instruction("pushaw", "pushal", encoded=True)
 def pusha(cpu, encoding):
     """PUSHA: the eight general registers, ESP as it was before. The lowest slot is tried first, lest half be pushed."""
     width = encoding.operand_width
-    values = [value & (1 << width) - 1 for value in cpu.regs[:8]]
-    top = cpu.regs[RSP]
+    values = [register.value & (1 << width) - 1 for register in cpu.regs[:8]]
+    top = cpu.regs[RSP].value
     for slot in reversed(range(8)):
         offset = (top - (slot + 1) * width // 8) & cpu.stack_mask
         cpu.store_stack(offset, values[slot], width)
@@ -157,30 +157,30 @@ def popa(cpu, encoding):
     for index, value in enumerate(reversed(values)):
         if index != RSP:
             mask = (1 << width) - 1
-            cpu.regs[index] = cpu.regs[index] & ~mask | value
+            cpu.regs[index].value = cpu.regs[index].value & ~mask | value
 
 
 @instruction("enter", data_decides=True, encoded=True)
 def enter(cpu, encoding, size, level):
-    """ENTER: make a stack frame of `size` bytes, with copies of `level` outer frame pointers (a display, for Pascal)."""
+    """ENTER: make a stack frame of `size` bytes, with a display of `level` outer frame pointers (for Pascal)."""
     width = encoding.stack_width
     step = width // 8
     mask, value_mask = cpu.stack_mask, (1 << width) - 1
-    level_count = level.read() & 0x1F
-    rsp, frame = cpu.regs[RSP], cpu.regs[RBP]
+    level_count = level.value & 0x1F
+    rsp, frame = cpu.regs[RSP].value, cpu.regs[RBP].value
     slots = [frame & value_mask]
     frame_pointer = rsp - step
     if level_count:
         slots += [cpu.load_stack((frame - step * outer) & mask, width) for outer in range(1, level_count)]
         slots.append(frame_pointer & mask & value_mask)
-    new_rsp = rsp - step * len(slots) - size.read()
+    new_rsp = rsp - step * len(slots) - size.value
     # A frame that the stack cannot hold faults here, before anything is changed.
     cpu.store_stack(new_rsp & mask, cpu.load_stack(new_rsp & mask, width), width)
     for index, value in enumerate(slots):
         cpu.store_stack((rsp - step * (index + 1)) & mask, value, width)
-    cpu.regs[RSP] = rsp & ~mask | new_rsp & mask
+    cpu.regs[RSP].value = rsp & ~mask | new_rsp & mask
     keep = ~value_mask if width == 16 else 0
-    cpu.regs[RBP] = frame & keep | (frame_pointer & mask | rsp & ~mask) & value_mask
+    cpu.regs[RBP].value = frame & keep | (frame_pointer & mask | rsp & ~mask) & value_mask
 
 
 @instruction("leave", encoded=True)
@@ -188,22 +188,22 @@ def leave(cpu, encoding):
     """LEAVE: take down the frame: ESP from EBP, then POP EBP."""
     width = encoding.stack_width
     mask, value_mask = cpu.stack_mask, (1 << width) - 1
-    frame = cpu.regs[RBP]
+    frame = cpu.regs[RBP].value
     saved = cpu.load_stack(frame & mask, width)
-    cpu.regs[RSP] = cpu.regs[RSP] & ~mask | (frame + width // 8) & mask
-    cpu.regs[RBP] = cpu.regs[RBP] & ~value_mask | saved
+    cpu.regs[RSP].value = cpu.regs[RSP].value & ~mask | (frame + width // 8) & mask
+    cpu.regs[RBP].value = cpu.regs[RBP].value & ~value_mask | saved
 
 
-# --- Conversion of the accumulator -------------------------------------------------------------------------------------------
+# --- Conversion of the accumulator ----------------------------------------------------------------------------------
 
 
 def _define_widening(name, from_width, to_width):
     @instruction(name)
     def widen(cpu):
         """CBW, CWDE, CDQE: the accumulator's lower half, sign-extended into all of it."""
-        value = cpu.regs[RAX] & (1 << from_width) - 1
-        keep = cpu.regs[RAX] & ~0xFFFF if to_width == 16 else 0
-        cpu.regs[RAX] = keep | sign_extend(value, from_width, to_width)
+        value = cpu.regs[RAX].value & (1 << from_width) - 1
+        keep = cpu.regs[RAX].value & ~0xFFFF if to_width == 16 else 0
+        cpu.regs[RAX].value = keep | sign_extend(value, from_width, to_width)
 
 
 def _define_sign_copy(name, width):
@@ -211,9 +211,9 @@ def _define_sign_copy(name, width):
     def copy_sign(cpu):
         """CWD, CDQ, CQO: the accumulator's sign into every bit of DX, EDX or RDX."""
         mask = (1 << width) - 1
-        signs = mask * (cpu.regs[RAX] >> (width - 1) & 1)
-        keep = cpu.regs[RDX] & ~0xFFFF if width == 16 else 0
-        cpu.regs[RDX] = keep | signs
+        signs = mask * (cpu.regs[RAX].value >> (width - 1) & 1)
+        keep = cpu.regs[RDX].value & ~0xFFFF if width == 16 else 0
+        cpu.regs[RDX].value = keep | signs
 
 
 for _name, _from, _to in (("cbw", 8, 16), ("cwde", 16, 32), ("cdqe", 32, 64)):

@@ -4,13 +4,13 @@ A definition is a plain function that reads like the "Operation" part of the man
 
     @instruction("add")
     def add(cpu, dst, src):
-        a, b = dst.read(), src.read()
+        a, b = dst.value, src.value
         result = (a + b) & dst.mask
-        dst.write(result)
+        dst.value = result
         cpu.flags = (ADD, a, b, result, dst.width)
 
-The same function is meant for two readings: run on numbers it is the interpreter; run on symbols that record what is done
-to them it can write Python source. So a definition
+The same function is meant for two readings: run on numbers it is the interpreter; run on symbols that record what is
+done to them it can write Python source. So a definition
 
 - reads everything that can fault before it writes anything, so that it can be started again;
 - uses operators and `choose` on guest values, never Python's `if` (widths, modes and immediates are known when the
@@ -22,7 +22,7 @@ Where the data must decide (a shift by CL, a division, a repeated string move), 
 
 from __future__ import annotations
 
-from typing import Callable, Dict, NamedTuple
+from typing import Callable, NamedTuple
 
 from capstone import x86_const
 
@@ -49,7 +49,7 @@ class Definition(NamedTuple):
 
 
 # capstone's instruction number -> Definition
-DEFINITIONS: Dict[int, Definition] = {}
+DEFINITIONS: dict[int, Definition] = {}
 
 
 def instruction(

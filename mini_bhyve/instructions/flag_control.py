@@ -64,12 +64,12 @@ LOW_FLAGS = fl.SF | fl.ZF | fl.AF | fl.PF | fl.CF
 @instruction("lahf")
 def lahf(cpu):
     low = fl.arithmetic_flags(cpu.flags) & LOW_FLAGS | fl.ALWAYS_ONE
-    cpu.regs[RAX] = cpu.regs[RAX] & ~0xFF00 | low << 8
+    cpu.regs[RAX].value = cpu.regs[RAX].value & ~0xFF00 | low << 8
 
 
 @instruction("sahf")
 def sahf(cpu):
-    _change(cpu, LOW_FLAGS, cpu.regs[RAX] >> 8 & LOW_FLAGS)
+    _change(cpu, LOW_FLAGS, cpu.regs[RAX].value >> 8 & LOW_FLAGS)
 
 
 @instruction("pushf", "pushfd", "pushfq", encoded=True)

@@ -8,31 +8,31 @@ from mini_bhyve.instructions.definition import instruction
 
 @instruction("and")
 def and_(cpu, dst, src):
-    result = dst.read() & src.read()
-    dst.write(result)
+    result = dst.value & src.value
+    dst.value = result
     cpu.flags = (LOGIC, 0, 0, result, dst.width)
 
 
 @instruction("or")
 def or_(cpu, dst, src):
-    result = dst.read() | src.read()
-    dst.write(result)
+    result = dst.value | src.value
+    dst.value = result
     cpu.flags = (LOGIC, 0, 0, result, dst.width)
 
 
 @instruction("xor")
 def xor(cpu, dst, src):
-    result = dst.read() ^ src.read()
-    dst.write(result)
+    result = dst.value ^ src.value
+    dst.value = result
     cpu.flags = (LOGIC, 0, 0, result, dst.width)
 
 
 @instruction("not")
 def not_(cpu, dst):
     """NOT changes no flags."""
-    dst.write(dst.read() ^ dst.mask)
+    dst.value = dst.value ^ dst.mask
 
 
 @instruction("test")
 def test(cpu, dst, src):
-    cpu.flags = (LOGIC, 0, 0, dst.read() & src.read(), dst.width)
+    cpu.flags = (LOGIC, 0, 0, dst.value & src.value, dst.width)

@@ -12,7 +12,7 @@ from mini_bhyve.operands import RAX, RBX, RCX, RDX
 @instruction("lea")
 def lea(cpu, dst, src):
     """LEA: the address itself, cut or zero-extended to the register."""
-    dst.write(src.address() & dst.mask)
+    dst.value = src.address() & dst.mask
 
 
 @instruction("nop", "endbr32", "endbr64", "pause", "prefetchnta", "prefetcht0", "prefetcht1", "prefetcht2", "prefetchw")
@@ -23,18 +23,18 @@ def nop(cpu, *operands):
 @instruction("xlatb", encoded=True)
 def xlat(cpu, encoding):
     """XLAT: AL from the table at DS:EBX, AL itself being the index."""
-    offset = (cpu.regs[RBX] + (cpu.regs[RAX] & 0xFF)) & (1 << encoding.address_width) - 1
-    cpu.regs[RAX] = cpu.regs[RAX] & ~0xFF | cpu.load_segment_memory(encoding.segment, offset, 8)
+    offset = (cpu.regs[RBX].value + (cpu.regs[RAX].value & 0xFF)) & (1 << encoding.address_width) - 1
+    cpu.regs[RAX].value = cpu.regs[RAX].value & ~0xFF | cpu.load_segment_memory(encoding.segment, offset, 8)
 
 
 @instruction("cpuid", data_decides=True)
 def cpuid(cpu):
-    values = identification.cpuid(cpu.regs[RAX] & 0xFFFFFFFF)
+    values = identification.cpuid(cpu.regs[RAX].value & 0xFFFFFFFF)
     for index, value in zip((RAX, RBX, RCX, RDX), values):
-        cpu.regs[index] = value
+        cpu.regs[index].value = value
 
 
-# --- Input and output -------------------------------------------------------------------------------------------------------------
+# --- Input and output -----------------------------------------------------------------------------------------------
 
 
 def check_port_allowed(cpu, port, width):
@@ -56,15 +56,15 @@ def check_port_allowed(cpu, port, width):
 @instruction("in", ends_block=True, data_decides=True)
 def in_(cpu, dst, port):
     """IN: what a device answers may change what is due next, so a block ends here."""
-    number = port.read()
+    number = port.value
     check_port_allowed(cpu, number, dst.width)
-    dst.write(cpu.ports.read(number, dst.width))
+    dst.value = cpu.ports.read(number, dst.width)
     cpu.attention = True
 
 
 @instruction("out", ends_block=True, data_decides=True)
 def out(cpu, port, src):
-    number = port.read()
+    number = port.value
     check_port_allowed(cpu, number, src.width)
-    cpu.ports.write(number, src.read(), src.width)
+    cpu.ports.write(number, src.value, src.width)
     cpu.attention = True

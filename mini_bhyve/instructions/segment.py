@@ -11,10 +11,10 @@ def _define_load_far_pointer(name, index):
     def load_far_pointer(cpu, encoding, dst, pointer):
         """LDS, LES, LFS, LGS, LSS: the offset comes first in memory, the selector behind it."""
         width = encoding.operand_width
-        offset = pointer.at(0, width).read()
-        selector = pointer.at(width // 8, 16).read()
+        offset = pointer.at(0, width).value
+        selector = pointer.at(width // 8, 16).value
         cpu.load_segment(index, selector)
-        dst.write(offset)
+        dst.value = offset
 
 
 for _name, _index in (("lds", seg.DS), ("les", seg.ES), ("lfs", seg.FS), ("lgs", seg.GS), ("lss", seg.SS_)):

@@ -4,9 +4,9 @@
     SHR        0 -> [..........] -> CF                  +-----<-------------+              +----------->-----------+
     SAR        sign -> [........] -> CF           (ROR, RCR: the other way round)
 
-The count is cut to 5 bits (6 for a 64-bit operand), and a count of zero changes nothing, not even a flag. That is for the
-data to decide when the count is in CL, so these definitions look at it with `if`; a constant count is known when the
-instruction is decoded.
+The count is cut to 5 bits (6 for a 64-bit operand), and a count of zero changes nothing, not even a flag. That is for
+the data to decide when the count is in CL, so these definitions look at it with `if`; a constant count is known when
+the instruction is decoded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _count(operand, width):
     """How far to go: the operand's low 5 or 6 bits; 1 where the instruction has no operand for it."""
     if operand is None:
         return 1
-    return operand.read() & (0x3F if width == 64 else 0x1F)
+    return operand.value & (0x3F if width == 64 else 0x1F)
 
 
 @instruction("shl", "sal", data_decides=True)
@@ -27,11 +27,11 @@ def shl(cpu, dst, count=None):
     """SHL. OF tells, for a count of 1, that the sign has changed."""
     width = dst.width
     n = _count(count, width)
-    a = dst.read()
+    a = dst.value
     if n == 0:
         return
     result = (a << n) & dst.mask
-    dst.write(result)
+    dst.value = result
     last_out = (a << n) >> width & 1
     cpu.flags = (SHIFT, last_out, last_out ^ result >> (width - 1), result, width)
 
@@ -41,11 +41,11 @@ def shr(cpu, dst, count=None):
     """SHR. OF is, for a count of 1, the sign that was."""
     width = dst.width
     n = _count(count, width)
-    a = dst.read()
+    a = dst.value
     if n == 0:
         return
     result = a >> n
-    dst.write(result)
+    dst.value = result
     cpu.flags = (SHIFT, a >> (n - 1) & 1, a >> (width - 1), result, width)
 
 
@@ -54,15 +54,15 @@ def sar(cpu, dst, count=None):
     """SAR: the sign stays, so a division by a power of two, rounded downwards. OF is 0."""
     width = dst.width
     n = _count(count, width)
-    a = signed(dst.read(), width)
+    a = signed(dst.value, width)
     if n == 0:
         return
     result = a >> n & dst.mask
-    dst.write(result)
+    dst.value = result
     cpu.flags = (SHIFT, a >> (n - 1) & 1, 0, result, width)
 
 
-# --- Rotates change CF and OF and leave the other flags alone -------------------------------------------------------------------
+# --- Rotates change CF and OF and leave the other flags alone -------------------------------------------------------
 
 
 def _set_carry_overflow(cpu, carry_out, overflow):
@@ -74,12 +74,12 @@ def _set_carry_overflow(cpu, carry_out, overflow):
 def rol(cpu, dst, count=None):
     width = dst.width
     n = _count(count, width)
-    a = dst.read()
+    a = dst.value
     if n == 0:
         return
     n %= width
     result = (a << n | a >> (width - n)) & dst.mask
-    dst.write(result)
+    dst.value = result
     _set_carry_overflow(cpu, result, result ^ result >> (width - 1))
 
 
@@ -87,12 +87,12 @@ def rol(cpu, dst, count=None):
 def ror(cpu, dst, count=None):
     width = dst.width
     n = _count(count, width)
-    a = dst.read()
+    a = dst.value
     if n == 0:
         return
     n %= width
     result = (a >> n | a << (width - n)) & dst.mask
-    dst.write(result)
+    dst.value = result
     _set_carry_overflow(cpu, result >> (width - 1), result >> (width - 1) ^ result >> (width - 2))
 
 
@@ -101,12 +101,12 @@ def rcl(cpu, dst, count=None):
     """RCL rotates width + 1 bits: the carry flag above the operand."""
     width = dst.width
     n = _count(count, width) % (width + 1)
-    a = dst.read() | carry(cpu.flags) << width
+    a = dst.value | carry(cpu.flags) << width
     if n == 0:
         return
     whole = (a << n | a >> (width + 1 - n)) & ((1 << (width + 1)) - 1)
     result = whole & dst.mask
-    dst.write(result)
+    dst.value = result
     _set_carry_overflow(cpu, whole >> width, whole >> width ^ result >> (width - 1))
 
 
@@ -114,16 +114,16 @@ def rcl(cpu, dst, count=None):
 def rcr(cpu, dst, count=None):
     width = dst.width
     n = _count(count, width) % (width + 1)
-    a = dst.read() | carry(cpu.flags) << width
+    a = dst.value | carry(cpu.flags) << width
     if n == 0:
         return
     whole = (a >> n | a << (width + 1 - n)) & ((1 << (width + 1)) - 1)
     result = whole & dst.mask
-    dst.write(result)
+    dst.value = result
     _set_carry_overflow(cpu, whole >> width, result >> (width - 1) ^ result >> (width - 2))
 
 
-# --- Double shifts: bits come in from a second register -------------------------------------------------------------------------
+# --- Double shifts: bits come in from a second register -------------------------------------------------------------
 
 
 @instruction("shld", data_decides=True)
@@ -131,13 +131,13 @@ def shld(cpu, dst, src, count):
     """SHLD: shift left, and fill from the top of `src`. A count over 16 bits' width is undefined: here, it goes on."""
     width = dst.width
     n = _count(count, width)
-    a, b = dst.read(), src.read()
+    a, b = dst.value, src.value
     if n == 0:
         return
     # For a 16-bit operand and a count above 16 processors go on with the destination's own bits.
     whole = (a << 2 * width | b << width | a) << n
     result = whole >> 2 * width & dst.mask
-    dst.write(result)
+    dst.value = result
     cpu.flags = (SHIFT, whole >> 3 * width & 1, (a ^ result) >> (width - 1), result, width)
 
 
@@ -146,10 +146,10 @@ def shrd(cpu, dst, src, count):
     """SHRD: shift right, and fill from the bottom of `src`."""
     width = dst.width
     n = _count(count, width)
-    a, b = dst.read(), src.read()
+    a, b = dst.value, src.value
     if n == 0:
         return
     whole = a << 2 * width | b << width | a
     result = whole >> n & dst.mask
-    dst.write(result)
+    dst.value = result
     cpu.flags = (SHIFT, whole >> (n - 1) & 1, (a ^ result) >> (width - 1), result, width)

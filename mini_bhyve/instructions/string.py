@@ -1,9 +1,10 @@
-"""String instructions and their REP prefixes (Intel SDM vol. 1, 5.1.8 and 7.3.9), and the port strings INS and OUTS (5.1.9).
+"""String instructions and REP (Intel SDM vol. 1, 5.1.8 and 7.3.9), and the port strings INS and OUTS (5.1.9).
 
     source       DS:ESI (another segment with a prefix)     LODS  CMPS  MOVS  OUTS
     destination  ES:EDI (always ES)                         STOS  SCAS  MOVS  CMPS  INS
 
-Each moves its pointers by the size of an element, upwards or, with DF set, downwards. With REP, ECX counts the elements.
+Each moves its pointers by the size of an element, upwards or, with DF set, downwards. With REP, ECX counts the
+elements.
 
 A repeated instruction can be interrupted between two elements: the registers say how far it has come, and the same
 instruction goes on afterwards. Here a repeat does a limited stretch at a time, and "jumps" to itself until it is done.
@@ -34,29 +35,29 @@ class StringOperation:
         self.step = -(width // 8) if cpu.system_flags & fl.DF else width // 8
 
     def load_source(self):
-        offset = self.cpu.regs[RSI] & self.address_mask
+        offset = self.cpu.regs[RSI].value & self.address_mask
         return self.cpu.load_segment_memory(self.encoding.segment, offset, self.width)
 
     def load_destination(self):
-        return self.cpu.load_segment_memory(seg.ES, self.cpu.regs[RDI] & self.address_mask, self.width)
+        return self.cpu.load_segment_memory(seg.ES, self.cpu.regs[RDI].value & self.address_mask, self.width)
 
     def store_destination(self, value):
-        self.cpu.store_segment_memory(seg.ES, self.cpu.regs[RDI] & self.address_mask, value, self.width)
+        self.cpu.store_segment_memory(seg.ES, self.cpu.regs[RDI].value & self.address_mask, value, self.width)
 
     def advance(self, register, elements=1):
         """Move ESI or EDI on; with 16-bit addresses the upper half of the register stays."""
         regs, mask = self.cpu.regs, self.address_mask
-        keep = regs[register] & ~mask if mask == 0xFFFF else 0
-        regs[register] = keep | (regs[register] + self.step * elements) & mask
+        keep = regs[register].value & ~mask if mask == 0xFFFF else 0
+        regs[register].value = keep | (regs[register].value + self.step * elements) & mask
 
     def count_down(self, elements=1):
         regs, mask = self.cpu.regs, self.address_mask
-        keep = regs[RCX] & ~mask if mask == 0xFFFF else 0
-        regs[RCX] = keep | (regs[RCX] - elements) & mask
+        keep = regs[RCX].value & ~mask if mask == 0xFFFF else 0
+        regs[RCX].value = keep | (regs[RCX].value - elements) & mask
 
     @property
     def count(self):
-        return self.cpu.regs[RCX] & self.address_mask
+        return self.cpu.regs[RCX].value & self.address_mask
 
 
 def repeat(cpu, encoding, operation, one, compares=False, bulk=None):
@@ -92,7 +93,7 @@ def _define_string(name, one, compares=False, bulk=None, suffixes="bwdq"):
         instruction(name + suffix, encoded=True, ends_block=True, data_decides=True)(string)
 
 
-# --- Moving and filling -----------------------------------------------------------------------------------------------------------
+# --- Moving and filling ---------------------------------------------------------------------------------------------
 
 
 def _movs(operation):
@@ -104,14 +105,14 @@ def _movs(operation):
 
 def _stos(operation):
     """STOS: the accumulator to the destination."""
-    operation.store_destination(operation.cpu.regs[RAX] & MASKS[operation.width])
+    operation.store_destination(operation.cpu.regs[RAX].value & MASKS[operation.width])
     operation.advance(RDI)
 
 
 def _lods(operation):
     """LODS: the source to the accumulator."""
     value = operation.load_source()
-    operation.cpu.accumulator(operation.width).write(value)
+    operation.cpu.accumulator(operation.width).value = value
     operation.advance(RSI)
 
 
@@ -126,7 +127,7 @@ def _elements_in_place(operation, registers):
         return None
     count, places = min(operation.count, STRETCH), []
     for register, segment, writing in registers:
-        offset = cpu.regs[register] & operation.address_mask
+        offset = cpu.regs[register].value & operation.address_mask
         address = cpu.linear(segment, offset, size, writing)
         on_page = min(PAGE_SIZE - address % PAGE_SIZE, operation.address_mask + 1 - offset)
         if cpu.code_size != 64:
@@ -160,7 +161,7 @@ def _stos_bulk(operation):
     if place is None:
         return 0
     count, destination = place
-    element = (operation.cpu.regs[RAX] & MASKS[operation.width]).to_bytes(operation.width // 8, "little")
+    element = (operation.cpu.regs[RAX].value & MASKS[operation.width]).to_bytes(operation.width // 8, "little")
     operation.cpu.bytes8[destination : destination + count * len(element)] = element * count
     operation.advance(RDI, count)
     return count
@@ -171,7 +172,7 @@ _define_string("stos", _stos, bulk=_stos_bulk)
 _define_string("lods", _lods)
 
 
-# --- Comparing --------------------------------------------------------------------------------------------------------------------
+# --- Comparing ------------------------------------------------------------------------------------------------------
 
 
 def _compare(operation, a, b):
@@ -187,7 +188,7 @@ def _cmps(operation):
 
 def _scas(operation):
     """SCAS: accumulator minus destination, for the flags."""
-    _compare(operation, operation.cpu.regs[RAX] & MASKS[operation.width], operation.load_destination())
+    _compare(operation, operation.cpu.regs[RAX].value & MASKS[operation.width], operation.load_destination())
     operation.advance(RDI)
 
 
@@ -195,13 +196,13 @@ _define_string("cmps", _cmps, compares=True)
 _define_string("scas", _scas, compares=True)
 
 
-# --- Ports ------------------------------------------------------------------------------------------------------------------------
+# --- Ports ----------------------------------------------------------------------------------------------------------
 
 
 def _ins(operation):
-    """INS: from the port in DX to the destination. That must be writable before the port is read: reading may change it."""
+    """INS: from the port in DX to the destination, which is tried first, as a port may not be read twice."""
     cpu = operation.cpu
-    port = cpu.regs[RDX] & 0xFFFF
+    port = cpu.regs[RDX].value & 0xFFFF
     check_port_allowed(cpu, port, operation.width)
     operation.store_destination(operation.load_destination())
     operation.store_destination(cpu.ports.read(port, operation.width))
@@ -211,7 +212,7 @@ def _ins(operation):
 def _outs(operation):
     """OUTS: from the source to the port in DX."""
     cpu = operation.cpu
-    port = cpu.regs[RDX] & 0xFFFF
+    port = cpu.regs[RDX].value & 0xFFFF
     check_port_allowed(cpu, port, operation.width)
     cpu.ports.write(port, operation.load_source(), operation.width)
     operation.advance(RSI)

@@ -22,24 +22,24 @@ def _protected_only(cpu):
         raise undefined_opcode()
 
 
-# --- Descriptor tables --------------------------------------------------------------------------------------------------------------
+# --- Descriptor tables ----------------------------------------------------------------------------------------------
 #
-# In memory, GDTR and IDTR are a limit of 16 bits and behind it a base of 32 (64 in 64-bit mode). With a 16-bit operand size
-# only 24 bits of the base count, as on the 80286.
+# In memory, GDTR and IDTR are a limit of 16 bits and behind it a base of 32 (64 in 64-bit mode). With a 16-bit operand
+# size only 24 bits of the base count, as on the 80286.
 
 
 def _load_table(cpu, encoding, pointer):
     _privileged(cpu)
-    limit = pointer.at(0, 16).read()
-    base = pointer.at(2, 64 if cpu.code_size == 64 else 32).read()
+    limit = pointer.at(0, 16).value
+    base = pointer.at(2, 64 if cpu.code_size == 64 else 32).value
     if encoding.operand_width == 16 and cpu.code_size != 64:
         base &= 0xFFFFFF
     return base, limit
 
 
 def _store_table(cpu, pointer, base, limit):
-    pointer.at(2, 64 if cpu.code_size == 64 else 32).write(base)
-    pointer.at(0, 16).write(limit)
+    pointer.at(2, 64 if cpu.code_size == 64 else 32).value = base
+    pointer.at(0, 16).value = limit
 
 
 @instruction("lgdt", encoded=True, data_decides=True)
@@ -66,19 +66,19 @@ def sidt(cpu, pointer):
 def lldt(cpu, selector):
     _protected_only(cpu)
     _privileged(cpu)
-    seg.load_ldtr(cpu, selector.read() & 0xFFFF)
+    seg.load_ldtr(cpu, selector.value & 0xFFFF)
 
 
 @instruction("ltr", data_decides=True)
 def ltr(cpu, selector):
     _protected_only(cpu)
     _privileged(cpu)
-    seg.load_tr(cpu, selector.read() & 0xFFFF)
+    seg.load_tr(cpu, selector.value & 0xFFFF)
 
 
 def _store_selector(dst, selector):
     """16 bits of memory, or a whole register."""
-    (dst.at(0, 16) if isinstance(dst, Memory) else dst).write(selector)
+    (dst.at(0, 16) if isinstance(dst, Memory) else dst).value = selector
 
 
 @instruction("sldt")
@@ -93,7 +93,7 @@ def str_(cpu, dst):
     _store_selector(dst, cpu.tr.selector)
 
 
-# --- Looking at descriptors without using them ----------------------------------------------------------------------------------------
+# --- Looking at descriptors without using them ----------------------------------------------------------------------
 
 
 def _set_zero(cpu, ok):
@@ -119,11 +119,12 @@ def _visible_descriptor(cpu, selector):
 def lar(cpu, dst, src):
     """LAR: bits 55-40 of a descriptor, as they stand there."""
     _protected_only(cpu)
-    descriptor = _visible_descriptor(cpu, src.read() & 0xFFFF)
+    descriptor = _visible_descriptor(cpu, src.value & 0xFFFF)
     gates = (seg.INTERRUPT_GATE16, seg.TRAP_GATE16, seg.INTERRUPT_GATE32, seg.TRAP_GATE32)
-    ok = descriptor is not None and not (descriptor.is_system and descriptor.access & seg.TYPE in (*gates, 0, 8, 10, 13))
+    reserved = (0, 8, 10, 13)
+    ok = descriptor is not None and not (descriptor.is_system and descriptor.access & seg.TYPE in gates + reserved)
     if ok:
-        dst.write(descriptor.raw >> 32 & 0x00FFFF00 & dst.mask)
+        dst.value = descriptor.raw >> 32 & 0x00FFFF00 & dst.mask
     _set_zero(cpu, ok)
 
 
@@ -131,11 +132,11 @@ def lar(cpu, dst, src):
 def lsl(cpu, dst, src):
     """LSL: a segment's limit in bytes; gates have none."""
     _protected_only(cpu)
-    descriptor = _visible_descriptor(cpu, src.read() & 0xFFFF)
+    descriptor = _visible_descriptor(cpu, src.value & 0xFFFF)
     with_limit = (seg.TSS16_AVAILABLE, seg.LDT, seg.TSS16_BUSY, seg.TSS32_AVAILABLE, seg.TSS32_BUSY)
     ok = descriptor is not None and not (descriptor.is_system and descriptor.access & seg.TYPE not in with_limit)
     if ok:
-        dst.write(descriptor.limit & dst.mask)
+        dst.value = descriptor.limit & dst.mask
     _set_zero(cpu, ok)
 
 
@@ -144,7 +145,7 @@ def _define_verify(name, allowed):
     def verify(cpu, src):
         """VERR, VERW: whether this privilege level could read or write the segment."""
         _protected_only(cpu)
-        descriptor = _visible_descriptor(cpu, src.read() & 0xFFFF)
+        descriptor = _visible_descriptor(cpu, src.value & 0xFFFF)
         _set_zero(cpu, descriptor is not None and not descriptor.is_system and allowed(descriptor))
 
 
@@ -156,32 +157,33 @@ _define_verify("verw", lambda descriptor: not descriptor.is_code and descriptor.
 def arpl(cpu, dst, src):
     """ARPL: raise the RPL of a selector that was handed over to the caller's, so that it cannot reach further."""
     _protected_only(cpu)
-    selector, caller = dst.read(), src.read() & 3
+    selector, caller = dst.value, src.value & 3
     raised = selector & 3 < caller
     if raised:
-        dst.write(selector & ~3 | caller)
+        dst.value = selector & ~3 | caller
     _set_zero(cpu, raised)
 
 
-# --- Control registers ----------------------------------------------------------------------------------------------------------------
+# --- Control registers ----------------------------------------------------------------------------------------------
 #
-# MOV to and from CRn and DRn is the MOV of data_transfer.py; the operand does the rest, and the check of the privilege level.
+# MOV to and from CRn and DRn is the MOV of data_transfer.py; the operand does the rest, and the check of the privilege
+# level.
 
 
 @instruction("smsw")
 def smsw(cpu, dst):
     """SMSW: the low half of CR0, from the time when there was no more of it."""
     if isinstance(dst, Memory):
-        dst.at(0, 16).write(cpu.cr0 & 0xFFFF)
+        dst.at(0, 16).value = cpu.cr0 & 0xFFFF
     else:
-        dst.write(cpu.cr0 & dst.mask)
+        dst.value = cpu.cr0 & dst.mask
 
 
 @instruction("lmsw", ends_block=True, data_decides=True)
 def lmsw(cpu, src):
     """LMSW: PE, MP, EM and TS of CR0; PE can be set by it and not cleared."""
     _privileged(cpu)
-    low = src.read() & 0xF
+    low = src.value & 0xF
     cpu.write_cr0(cpu.cr0 & ~0xE | low)
 
 
@@ -210,7 +212,7 @@ def hlt(cpu):
     cpu.halt()
 
 
-# --- Model-specific registers and the time stamp ----------------------------------------------------------------------------------------
+# --- Model-specific registers and the time stamp --------------------------------------------------------------------
 
 
 _SEGMENT_BASES = {MSR_FS_BASE: seg.FS, MSR_GS_BASE: seg.GS}
@@ -226,14 +228,14 @@ def rdtsc(cpu):
 
 def _write_pair(cpu, value):
     """EDX:EAX."""
-    cpu.regs[RAX], cpu.regs[RDX] = value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
+    cpu.regs[RAX].value, cpu.regs[RDX].value = value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
 
 
 @instruction("rdmsr", data_decides=True)
 def rdmsr(cpu):
     """RDMSR: #GP for a register that is not there."""
     _privileged(cpu)
-    number = cpu.regs[RCX] & 0xFFFFFFFF
+    number = cpu.regs[RCX].value & 0xFFFFFFFF
     if number == MSR_EFER:
         value = cpu.efer
     elif number == MSR_TSC:
@@ -250,8 +252,8 @@ def rdmsr(cpu):
 @instruction("wrmsr", ends_block=True, data_decides=True)
 def wrmsr(cpu):
     _privileged(cpu)
-    number = cpu.regs[RCX] & 0xFFFFFFFF
-    value = (cpu.regs[RDX] & 0xFFFFFFFF) << 32 | cpu.regs[RAX] & 0xFFFFFFFF
+    number = cpu.regs[RCX].value & 0xFFFFFFFF
+    value = (cpu.regs[RDX].value & 0xFFFFFFFF) << 32 | cpu.regs[RAX].value & 0xFFFFFFFF
     if number == MSR_EFER:
         cpu.write_efer(value)
     elif number in _SEGMENT_BASES:
