@@ -17,7 +17,7 @@ What the handler finds on its stack (the part in brackets only where the privile
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from mini_bhyve import flags as fl
 from mini_bhyve import segmentation as seg
@@ -41,7 +41,7 @@ class NewStack:
     A far transfer writes several words, perhaps on a stack that is not yet in use, and any of them may fault.
     """
 
-    def __init__(self, cpu: "Cpu", segment: seg.Segment, pointer: int, cpl: int):
+    def __init__(self, cpu: Cpu, segment: seg.Segment, pointer: int, cpl: int):
         self.cpu = cpu
         self.segment = segment
         self.pointer = pointer
@@ -64,52 +64,45 @@ class NewStack:
         self.pointer = self.pointer & ~self.mask | offset
 
     def commit(self) -> None:
-        self.cpu.regs[RSP] = self.pointer
+        self.cpu.regs[RSP].value = self.pointer
         if self.segment is not self.cpu.segments[seg.SS_]:
             self.cpu.set_stack_segment(self.segment)
 
 
-# --- Delivery ---------------------------------------------------------------------------------------------------------------
+# --- Delivery -------------------------------------------------------------------------------------------------------
 
 
-def deliver_fault(cpu: "Cpu", fault: GuestFault) -> None:
+def deliver_fault(cpu: Cpu, fault: GuestFault) -> None:
     """An exception has stopped the instruction at cpu.ip: call its handler, or a double fault's, or give up.
 
     Raises TripleFault when even the double fault cannot be delivered.
     """
     first = fault
-    for _ in range(2):
+    while True:
+        if fault.vector == PF:
+            assert fault.address is not None
+            cpu.cr2 = fault.address
+        cpu.next_ip = cpu.ip
         try:
-            if fault.vector == PF:
-                assert fault.address is not None
-                cpu.cr2 = fault.address
-            cpu.next_ip = cpu.ip
             deliver(cpu, fault.vector, fault.error_code)
+        except GuestFault as second:
+            if fault.vector == DF:
+                raise TripleFault(f"triple fault at {cpu.where()}, which began as {first}") from None
+            fault = _combine(fault, second)
+        else:
             cpu.ip = cpu.next_ip
             return
-        except GuestFault as second:
-            fault = _combine(fault, second)
-    try:
-        cpu.next_ip = cpu.ip
-        deliver(cpu, DF, 0)
-        cpu.ip = cpu.next_ip
-    except GuestFault:
-        raise TripleFault(f"triple fault at {cpu.where()}: {first}") from None
 
 
 def _combine(first: GuestFault, second: GuestFault) -> GuestFault:
     """What to deliver when delivering `first` raised `second` (SDM vol. 3A, table 6-5)."""
-    if first.vector == DF:
-        raise second
     benign = first.vector not in CONTRIBUTORY and first.vector != PF
     if benign or (first.vector in CONTRIBUTORY and second.vector == PF):
         return second
-    if second.vector in CONTRIBUTORY or second.vector == PF:
-        return GuestFault(DF, 0)
-    return second
+    return GuestFault(DF, 0)
 
 
-def deliver_external(cpu: "Cpu", vector: int) -> None:
+def deliver_external(cpu: Cpu, vector: int) -> None:
     """An interrupt from outside, between two instructions."""
     cpu.halted = False
     cpu.next_ip = cpu.ip
@@ -121,7 +114,7 @@ def deliver_external(cpu: "Cpu", vector: int) -> None:
 
 
 def deliver(
-    cpu: "Cpu", vector: int, error_code: Optional[int], software: bool = False, external: bool = False
+    cpu: Cpu, vector: int, error_code: int | None, software: bool = False, external: bool = False
 ) -> None:
     """Go to the handler of `vector`; cpu.next_ip is the address to come back to, and then that of the handler.
 
@@ -139,9 +132,9 @@ def deliver(
     address = cpu.idtr_base + vector * entry_size
     gate = seg.Descriptor(cpu.load_system(address, 64), address)
     kind = gate.access & (seg.TYPE | seg.CODE_OR_DATA)
-    allowed = (seg.INTERRUPT_GATE32, seg.TRAP_GATE32)
+    allowed = [seg.INTERRUPT_GATE32, seg.TRAP_GATE32]
     if not wide:
-        allowed += (seg.INTERRUPT_GATE16, seg.TRAP_GATE16, seg.TASK_GATE)
+        allowed += [seg.INTERRUPT_GATE16, seg.TRAP_GATE16, seg.TASK_GATE]
     if kind not in allowed or (software and gate.dpl < cpu.cpl):
         raise general_protection(reference)
     if not gate.present:
@@ -164,12 +157,12 @@ def deliver(
     cpu.system_flags &= ~cleared
 
 
-def _deliver_real(cpu: "Cpu", vector: int) -> None:
+def _deliver_real(cpu: Cpu, vector: int) -> None:
     """Real mode: the IDT is a table of far pointers, offset and segment (SDM vol. 3B, 20.1.4)."""
     if vector * 4 + 3 > cpu.idtr_limit:
         raise general_protection()
     pointer = cpu.load_system(cpu.idtr_base + vector * 4, 32)
-    stack = NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP], cpu.cpl)
+    stack = NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP].value, cpu.cpl)
     for value in (cpu.eflags, cpu.segments[seg.CS].selector, cpu.next_ip):
         stack.push(value, 16)
     stack.commit()
@@ -180,7 +173,7 @@ def _deliver_real(cpu: "Cpu", vector: int) -> None:
 
 
 def _enter_handler(
-    cpu: "Cpu", selector: int, offset: int, width: int, error_code: Optional[int], ist: int, external: bool
+    cpu: Cpu, selector: int, offset: int, width: int, error_code: int | None, ist: int, external: bool
 ) -> None:
     """Check the handler's code segment, change stacks if it is more privileged, push the frame, and go there."""
     if seg.is_null(selector):
@@ -195,7 +188,7 @@ def _enter_handler(
         raise GuestFault(NP, error_selector)
     cpl = cpu.cpl if descriptor.access & seg.CONFORMING else descriptor.dpl
 
-    old_ss, old_sp = cpu.segments[seg.SS_], cpu.regs[RSP]
+    old_ss, old_sp = cpu.segments[seg.SS_], cpu.regs[RSP].value
     if cpu.long_mode:
         stack = _long_mode_stack(cpu, cpl, ist)
     elif cpl < cpu.cpl:
@@ -217,9 +210,9 @@ def _enter_handler(
     cpu.next_ip = offset
 
 
-def _long_mode_stack(cpu: "Cpu", cpl: int, ist: int) -> NewStack:
-    """In 64-bit mode the stack is always aligned to 16, and may be one of seven special ones (SDM vol. 3A, 6.14.2-5)."""
-    segment, pointer = cpu.segments[seg.SS_], cpu.regs[RSP]
+def _long_mode_stack(cpu: Cpu, cpl: int, ist: int) -> NewStack:
+    """In 64-bit mode the stack is aligned to 16, and may be one of seven special ones (SDM vol. 3A, 6.14.2-5)."""
+    segment, pointer = cpu.segments[seg.SS_], cpu.regs[RSP].value
     if ist or cpl < cpu.cpl:
         offset = 0x1C + ist * 8 if ist else 4 + cpl * 8
         if offset + 7 > cpu.tr.limit:
@@ -232,10 +225,10 @@ def _long_mode_stack(cpu: "Cpu", cpl: int, ist: int) -> NewStack:
     return stack
 
 
-# --- Return -------------------------------------------------------------------------------------------------------------------
+# --- Return ---------------------------------------------------------------------------------------------------------
 
 
-def interrupt_return(cpu: "Cpu", width: int) -> None:
+def interrupt_return(cpu: Cpu, width: int) -> None:
     """IRET, IRETD or IRETQ (SDM vol. 2A): back to the same or an outer privilege level."""
     size = width >> 3
     ip, selector, flags = (cpu.peek(index * size, width) for index in range(3))
@@ -270,13 +263,14 @@ def interrupt_return(cpu: "Cpu", width: int) -> None:
     cpu.set_code_segment(code, cpl)
     if stack_too:
         cpu.set_stack_segment(ss)
-        cpu.regs[RSP] = rsp if ss.access & seg.BIG or cpu.code_size == 64 else cpu.regs[RSP] & ~0xFFFF | rsp & 0xFFFF
+        mask = cpu.stack_mask
+        cpu.regs[RSP].value = cpu.regs[RSP].value & ~mask | rsp & mask
     if leaving:
         drop_privileged_segments(cpu)
     cpu.next_ip = ip
 
 
-def _returned_code_segment(cpu: "Cpu", selector: int) -> "tuple[seg.Segment, int]":
+def _returned_code_segment(cpu: Cpu, selector: int) -> tuple[seg.Segment, int]:
     """The code segment that a far return or IRET goes back to: never to a more privileged level."""
     if seg.is_null(selector):
         raise general_protection()
@@ -289,14 +283,14 @@ def _returned_code_segment(cpu: "Cpu", selector: int) -> "tuple[seg.Segment, int
     return seg.code_segment(cpu, selector, descriptor, cpl), cpl
 
 
-def _returned_stack_segment(cpu: "Cpu", selector: int, cpl: int, code: seg.Segment) -> seg.Segment:
+def _returned_stack_segment(cpu: Cpu, selector: int, cpl: int, code: seg.Segment) -> seg.Segment:
     """The stack segment on the way back; a null one only for 64-bit code below level 3."""
     if seg.is_null(selector) and cpu.long_mode and code.access & seg.LONG and cpl < 3:
         return seg.null_segment(selector)
     return seg.stack_segment(cpu, selector, cpl)
 
 
-def far_return(cpu: "Cpu", width: int, released: int) -> None:
+def far_return(cpu: Cpu, width: int, released: int) -> None:
     """RETF (SDM vol. 2B): back to the same or an outer level, `released` more bytes of stack with it."""
     size = width >> 3
     ip, selector = cpu.peek(0, width), cpu.peek(size, width) & 0xFFFF
@@ -320,13 +314,13 @@ def far_return(cpu: "Cpu", width: int, released: int) -> None:
         ss = _returned_stack_segment(cpu, ss_selector, cpl, code)
         cpu.set_code_segment(code, cpl)
         cpu.set_stack_segment(ss)
-        cpu.regs[RSP] = rsp
+        cpu.regs[RSP].value = rsp
         cpu.move_stack_pointer(released)
         drop_privileged_segments(cpu)
     cpu.next_ip = ip
 
 
-def drop_privileged_segments(cpu: "Cpu") -> None:
+def drop_privileged_segments(cpu: Cpu) -> None:
     """On the way out, data segments that the outer level may not use become null (SDM vol. 3A, 5.8.6)."""
     for index in (seg.ES, seg.DS, seg.FS, seg.GS):
         segment = cpu.segments[index]
@@ -336,7 +330,7 @@ def drop_privileged_segments(cpu: "Cpu") -> None:
     cpu.update_mode()
 
 
-def set_flags(cpu: "Cpu", value: int, width: int) -> None:
+def set_flags(cpu: Cpu, value: int, width: int) -> None:
     """EFLAGS from POPF or IRET: what may change depends on the privilege level (SDM vol. 2B, POPF, table 4-19)."""
     writable = fl.TF | fl.DF | fl.NT
     if width > 16:
@@ -348,10 +342,10 @@ def set_flags(cpu: "Cpu", value: int, width: int) -> None:
     cpu.write_eflags(value, writable)
 
 
-# --- Interrupts from outside ------------------------------------------------------------------------------------------------
+# --- Interrupts from outside ----------------------------------------------------------------------------------------
 
 
-def take_interrupt(cpu: "Cpu") -> bool:
+def take_interrupt(cpu: Cpu) -> bool:
     """Deliver what is waiting outside, if the processor listens: NMI first, then INTR (SDM vol. 3A, 6.9)."""
     if cpu.nmi_pending and not cpu.nmi_blocked:
         cpu.nmi_pending = False

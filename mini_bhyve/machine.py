@@ -6,7 +6,8 @@ Mirrors vm_loop() and the machine-wide part of FreeBSD's usr.sbin/bhyve/bhyverun
     IPC thread     the handlers of `commands()`; they bring the main thread to its pause point where they must
     signals, user  stop()
 
-The machine knows neither the socket nor the files of a snapshot. It offers commands to the one and its parts to the other.
+The machine knows neither the socket nor the files of a snapshot. It offers commands to the one and its parts to the
+other.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import select
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable
 
 from mini_bhyve import interrupts, loader
-from mini_bhyve import segmentation as seg
 from mini_bhyve.config import Config
 from mini_bhyve.console import Console
 from mini_bhyve.cpu import Cpu
@@ -48,8 +49,8 @@ VIRTUAL_BOOT_TIME = 1610833380
 # The thread that serves the socket gets its turn within this many seconds, even while the guest computes.
 SWITCH_INTERVAL = 0.001
 
-# With the clock tied to the wall's: a guest that fell this far behind is not made to catch up, and one that has got this
-# far ahead waits.
+# With the clock tied to the wall's: a guest that fell this far behind is not made to catch up, and one that has got
+# this far ahead waits.
 MAX_LAG_NS = 100_000_000
 MAX_LEAD_NS = 10_000_000
 
@@ -70,7 +71,7 @@ class Machine:
 
     ncpus = 1
 
-    def __init__(self, config: Config, console: Console, ram: Optional[mmap.mmap] = None):
+    def __init__(self, config: Config, console: Console, ram: mmap.mmap | None = None):
         self.config = config
         self.console = console
         self.name = config.require("name")
@@ -91,7 +92,7 @@ class Machine:
         for device in self.port_devices():
             self.ports.claim(device)
 
-        self.exit_code: Optional[ExitCode] = None
+        self.exit_code: ExitCode | None = None
         self.reason = ""
         self.stopping = threading.Lock()
         self.pause = init_snapshot()
@@ -112,10 +113,10 @@ class Machine:
     def guest_reset(self) -> None:
         self.stop(ExitCode.REBOOT, "rebooted by the guest")
 
-    def port_devices(self) -> List[Device]:
+    def port_devices(self) -> list[Device]:
         return [self.pic, self.pit, self.rtc, self.uart, self.port92, self.reset_control]
 
-    # --- What a snapshot is made of ---------------------------------------------------------------------------------------
+    # --- What a snapshot is made of ---------------------------------------------------------------------------------
 
     def kern_structs(self) -> Sequence[Any]:
         """What FreeBSD keeps in the kernel: the processor, the interrupt controllers, the timers."""
@@ -125,13 +126,13 @@ class Machine:
         """What bhyve itself emulates."""
         return [self.uart, self.port92, self.reset_control]
 
-    def disks(self) -> List[Dict[str, Any]]:
+    def disks(self) -> list[dict[str, Any]]:
         """Which disks there are; path and size tell them apart."""
         return [
             {"slot": disk.slot, "path": disk.path, "size": os.path.getsize(disk.path)} for disk in self.config.disks()
         ]
 
-    # --- Loading the first program ------------------------------------------------------------------------------------------
+    # --- Loading the first program ----------------------------------------------------------------------------------
 
     def load(self) -> None:
         """Put the guest into memory and the processor at its first instruction. Raises LoaderError, OSError."""
@@ -148,7 +149,7 @@ class Machine:
             start = loader.load_flat(self.memory, loader.embedded_guest(config.require("guest")))
         self.cpu.start(start)
 
-    # --- The run loop ---------------------------------------------------------------------------------------------------------
+    # --- The run loop -----------------------------------------------------------------------------------------------
 
     def run(self) -> ExitCode:
         """Run the guest until it ends; `reason` then says in words why."""
@@ -187,7 +188,7 @@ class Machine:
             self.keep_pace()
         cpu.run(limit)
 
-    def advance_devices(self) -> Optional[int]:
+    def advance_devices(self) -> int | None:
         """Let every device do what is due now; returns when (ns) the next thing is due, None if nothing ever is."""
         now = self.clock.now
         earliest = None
@@ -200,7 +201,7 @@ class Machine:
                 earliest = deadline
         return earliest
 
-    def wait_for_event(self, deadline: Optional[int]) -> None:
+    def wait_for_event(self, deadline: int | None) -> None:
         """The processor is halted: go on to the next event, or end if none can wake it."""
         cpu = self.cpu
         if not cpu.system_flags & IF:
@@ -212,7 +213,7 @@ class Machine:
         else:
             self.clock.skip_to(deadline)
 
-    # --- The clock on the wall ------------------------------------------------------------------------------------------------
+    # --- The clock on the wall --------------------------------------------------------------------------------------
 
     def anchor_clocks(self) -> None:
         """From here on a virtual second shall last a second."""
@@ -230,7 +231,7 @@ class Machine:
         elif lead < -MAX_LAG_NS:
             self.anchor_clocks()
 
-    def sleep(self, deadline: Optional[int]) -> None:
+    def sleep(self, deadline: int | None) -> None:
         """Sleep until the wall clock says `deadline`, input arrives or kick() is called."""
         timeout = None
         if deadline is not None:
@@ -246,7 +247,7 @@ class Machine:
         if now - self.clock.now > MAX_LAG_NS:
             self.anchor_clocks()
 
-    # --- Stopping and pausing, from any thread ----------------------------------------------------------------------------------
+    # --- Stopping and pausing, from any thread ----------------------------------------------------------------------
 
     def kick(self) -> None:
         """Bring the vCPU out of its guest, or out of its sleep, soon."""
@@ -291,9 +292,9 @@ class Machine:
             if not already:
                 self.pause.vm_vcpu_resume()
 
-    # --- Commands, run by the thread that serves the socket -----------------------------------------------------------------------
+    # --- Commands, run by the thread that serves the socket ---------------------------------------------------------
 
-    def commands(self) -> Dict[IpcOpcode, Callable[[IpcMessage], Optional[Dict[str, Any]]]]:
+    def commands(self) -> dict[IpcOpcode, Callable[[IpcMessage], dict[str, Any] | None]]:
         """What the VM can be asked for. A handler returns the answer, and raises IpcError to refuse."""
         return {
             IpcOpcode.START_CHECKPOINT: lambda message: self.checkpoint(message, stop_vm=False),
@@ -327,10 +328,11 @@ class Machine:
         self.pause.vm_vcpu_resume()
 
     def inject_nmi(self, message: IpcMessage) -> None:
+        self.check_vcpu(message)
         self.cpu.nmi_pending = True
         self.kick()
 
-    def status(self, message: IpcMessage) -> Dict[str, Any]:
+    def status(self, message: IpcMessage) -> dict[str, Any]:
         cpu = self.cpu
         return {
             "name": self.name,
@@ -338,15 +340,28 @@ class Machine:
             "pid": os.getpid(),
             "ncpus": self.ncpus,
             "memory": self.memory.size,
-            "instructions": cpu.retired,
-            "time_ns": self.clock.now,
-            "rip": cpu.ip,
-            "mode": cpu.describe_mode(),
+            **self.progress(),
             "snapshot": self.config.get_bool("snapshot"),
             "active_cpus": sorted(self.pause.vcpus_active),
             "suspended_cpus": sorted(self.pause.vcpus_suspended),
         }
 
-    def registers(self, message: IpcMessage) -> Dict[str, int]:
+    def progress(self) -> dict[str, Any]:
+        """How far the guest has come and where it is, all at one instant."""
+        with self.paused():
+            return {
+                "instructions": self.cpu.retired,
+                "time_ns": self.clock.now,
+                "rip": self.cpu.ip,
+                "mode": self.cpu.describe_mode(),
+            }
+
+    def registers(self, message: IpcMessage) -> dict[str, int]:
+        self.check_vcpu(message)
         with self.paused():
             return self.cpu.register_values()
+
+    def check_vcpu(self, message: IpcMessage) -> None:
+        """Refuse a request for a vCPU that there is not."""
+        if message.data.vcpu.vcpuid >= self.ncpus:
+            raise IpcError(f"there is no CPU {message.data.vcpu.vcpuid}: the VM has {self.ncpus}")
