@@ -90,7 +90,7 @@ def test_the_demo_succeeds_when_the_next_number_follows(tmp_path, suspended):
         ("skips", "should have come after"),
         ("repeats", "should have come after"),
         ("wrong code", "should have been 5"),
-        ("no meta", "`ls -l vm.ckp vm.ckp.kern vm.ckp.meta` ended with exit code"),
+        ("no meta", "`ls -lsh vm.ckp vm.ckp.kern vm.ckp.meta` ended with exit code"),
         ("refuses", "`python ctl.py suspend vm` ended with exit code 1"),
         ("dies", "`python -m mini_bhyve -H vm` ended with exit code 4"),
     ],

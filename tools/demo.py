@@ -23,19 +23,26 @@ TREE = Path(__file__).resolve().parent.parent
 SUSPENDED, POWERED_OFF = 5, 1  # exit codes of bhyve(8)
 PATIENCE = 20  # seconds that any one step may take; it takes about one
 BOLD, PLAIN = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+screen = threading.Lock()
 
 
 class DemoFailed(Exception):
     """Something did not hold; the message is the sentence to end with."""
 
 
+def put(line: str) -> None:
+    """Print a line, whole: the VM's console is printed by a thread of its own."""
+    with screen:
+        print(line, flush=True)
+
+
 def say(text: str) -> None:
-    print("\n" + textwrap.fill(" ".join(text.split()), 100), flush=True)
+    put("\n" + textwrap.fill(" ".join(text.split()), 100))
 
 
 def show(command: str) -> list[str]:
     """Print the command as a user types it, and return it as it is run."""
-    print(f"\n{BOLD}$ {command}{PLAIN}", flush=True)
+    put(f"\n{BOLD}$ {command}{PLAIN}")
     words = shlex.split(command)
     return [sys.executable, *words[1:]] if words[0] == "python" else words
 
@@ -63,7 +70,7 @@ class Vm:
     def _read(self) -> None:
         for line in self.process.stdout:
             text = line.decode("ascii", "replace")
-            print(f"    vm | {text.rstrip()}", flush=True)
+            put(f"    vm | {text.rstrip()}")
             self.console += text
 
     def wait_for_lines(self, count: int) -> None:
@@ -82,7 +89,7 @@ class Vm:
         except subprocess.TimeoutExpired:
             raise DemoFailed(f"`{self.command}` has not ended after {PATIENCE} s") from None
         self.reader.join()
-        print(f"    vm ended with exit code {code}", flush=True)
+        put(f"    vm ended with exit code {code}")
         if code != expected:
             raise DemoFailed(f"the exit code of `{self.command}` should have been {expected}")
 
@@ -122,8 +129,9 @@ def tell(cleanup: contextlib.ExitStack) -> None:
     before = numbers(vm.console)
     check_order(before)
 
-    say("The snapshot is three files: the guest's RAM, the state of CPU and devices, and what is where in these.")
-    run("ls -l vm.ckp vm.ckp.kern vm.ckp.meta")
+    say("""The snapshot is three files: the guest's RAM, the state of CPU and devices, and a description of both. The
+        first column is the space on disk: of RAM, only the pages in use take any.""")
+    run("ls -lsh vm.ckp vm.ckp.kern vm.ckp.meta")
     run("cat vm.ckp.meta")
 
     say("A new process takes the VM up where the old one left it.")
