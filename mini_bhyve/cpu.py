@@ -297,6 +297,7 @@ class Cpu:
     def start(self, start: Start) -> None:
         """Begin where and how a loader says."""
         self.reset()
+        self.regs[RDX].value = 0
         for name, value in start.registers.items():
             self.regs[REGISTER_NAMES.index("r" + name[1:])].value = value
         self.gdtr_base, self.gdtr_limit = start.gdt_base, start.gdt_limit

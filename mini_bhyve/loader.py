@@ -36,6 +36,8 @@ from importlib import resources
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
+from mini_bhyve.cpuid import SIGNATURE
+
 if TYPE_CHECKING:
     from mini_bhyve.memory import GuestMemory
 
@@ -136,7 +138,7 @@ def load_bootrom(memory: GuestMemory, data: bytes) -> Start:
             f"at most {MAX_BOOTROM >> 10} KiB"
         )
     memory.add_rom(ONE_MIB - 1, data)
-    return Start("real", 0xFFF0, {}, code_selector=0xF000, code_base=0xFFFF0000)
+    return Start("real", 0xFFF0, {"edx": SIGNATURE}, code_selector=0xF000, code_base=0xFFFF0000)
 
 
 def embedded_guest(name: str) -> bytes:

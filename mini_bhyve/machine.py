@@ -206,10 +206,10 @@ class Machine:
         cpu = self.cpu
         if not cpu.system_flags & IF:
             self.stop(ExitCode.HALT, f"halted with interrupts off at {cpu.where()}")
-        elif deadline is None:
-            self.sleep(None)
         elif self.wall_clock:
-            self.sleep(deadline)
+            self.sleep_until(deadline)
+        elif deadline is None:
+            self.wait(None)
         else:
             self.clock.skip_to(deadline)
 
@@ -227,25 +227,26 @@ class Machine:
         """Wait if the guest runs ahead of the wall clock; forgive it if it has fallen far behind."""
         lead = self.clock.now - self.wall_now()
         if lead > MAX_LEAD_NS:
-            select.select([self.wake_fd], [], [], lead / NS_PER_SECOND)
+            self.wait(lead)
         elif lead < -MAX_LAG_NS:
             self.anchor_clocks()
 
-    def sleep(self, deadline: int | None) -> None:
-        """Sleep until the wall clock says `deadline`, input arrives or kick() is called."""
-        timeout = None
-        if deadline is not None:
-            timeout = max(0, deadline - self.wall_now()) / NS_PER_SECOND
-        descriptors = [self.wake_fd]
-        if self.console.wait_fd is not None:
-            descriptors.append(self.console.wait_fd)
-        select.select(descriptors, [], [], timeout)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake_fd, 4096)
+    def sleep_until(self, deadline: int | None) -> None:
+        """Sleep until it is `deadline` by the clock on the wall, input arrives or kick() is called."""
+        self.wait(None if deadline is None else max(0, deadline - self.wall_now()))
         now = self.wall_now()
         self.clock.skip_to(now if deadline is None else min(now, deadline))
         if now - self.clock.now > MAX_LAG_NS:
             self.anchor_clocks()
+
+    def wait(self, nanoseconds: int | None) -> None:
+        """Give up the host's CPU for so long, or until input arrives or kick() is called."""
+        descriptors = [self.wake_fd]
+        if self.console.wait_fd is not None:
+            descriptors.append(self.console.wait_fd)
+        select.select(descriptors, [], [], None if nanoseconds is None else nanoseconds / NS_PER_SECOND)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_fd, 4096)
 
     # --- Stopping and pausing, from any thread ----------------------------------------------------------------------
 
