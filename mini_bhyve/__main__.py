@@ -175,7 +175,8 @@ def signals_end(machine: Machine, console: Console) -> Iterator[None]:
     The signals are blocked everywhere else. A handler would run in the middle of whatever the vCPU's thread is doing,
     and could not take a lock which that thread may hold at the time.
     """
-    # One that we were started to ignore (nohup, or `&` in a script) stays ignored. SIGTERM also ends the thread.
+    # One that we were started to ignore (nohup, or `&` in a script) stays ignored, except under PyPy, whose getsignal()
+    # does not know about it. SIGTERM also ends the thread.
     signals = {number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
     signals.add(signal.SIGTERM)
     if console.is_terminal:

@@ -464,7 +464,7 @@ def test_a_terminal_that_is_closed_ends_the_vm_in_order(on_terminal, run_dir):
 def test_a_stopped_vm_gives_the_terminal_back_and_takes_it_again(on_terminal):
     vm = on_terminal().runs()
     vm.process.send_signal(signal.SIGTSTP)
-    assert os.waitid(os.P_PID, vm.process.pid, os.WSTOPPED) is not None
+    assert os.WIFSTOPPED(os.waitpid(vm.process.pid, os.WUNTRACED)[1])
     assert vm.mode() == vm.before
     vm.process.send_signal(signal.SIGCONT)
     vm.until(vm.is_raw)
@@ -498,6 +498,9 @@ def test_a_vm_in_the_background_leaves_the_terminal_to_the_shell_and_takes_it_wh
     assert vm.mode() == vm.before
 
 
+@pytest.mark.skipif(
+    sys.implementation.name == "pypy", reason="PyPy's getsignal() does not know which signals were ignored at its start"
+)
 def test_a_vm_that_nohup_protects_from_sighup_goes_on(run_dir):
     process = subprocess.Popen(
         ["nohup", *command(run_dir)],
