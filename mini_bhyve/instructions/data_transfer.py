@@ -124,8 +124,10 @@ def pop(cpu, encoding, dst):
     width = encoding.stack_width
     value = cpu.peek(0, width)
     if isinstance(dst, SegmentRegister):
+        # POP SS may change how much of ESP counts; this pop still goes by the old stack.
+        mask, rsp = cpu.stack_mask, cpu.regs[RSP].value
         dst.value = value
-        cpu.move_stack_pointer(width // 8)
+        cpu.regs[RSP].value = rsp & ~mask | (rsp + width // 8) & mask
     elif isinstance(dst, Memory):
         # The store may fault, so it comes before the change of ESP, with the address adjusted for that.
         target = dst.at(width // 8, width) if dst.base is cpu.regs[RSP] else dst
