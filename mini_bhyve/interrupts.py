@@ -21,6 +21,13 @@ from typing import TYPE_CHECKING
 
 from mini_bhyve import flags as fl
 from mini_bhyve import segmentation as seg
+from mini_bhyve.far_transfer import (
+    NewStack,
+    drop_privileged_segments,
+    real_mode_code_segment,
+    returned_code_segment,
+    returned_stack_segment,
+)
 from mini_bhyve.faults import DE, DF, GP, NP, PF, SS, TS, GuestFault, TripleFault, Unsupported, general_protection
 from mini_bhyve.operands import MASKS, RSP
 
@@ -33,40 +40,6 @@ NMI_VECTOR = 2
 
 # Faults that, when one meets another, make a double fault (SDM vol. 3A, table 6-4).
 CONTRIBUTORY = {DE, TS, NP, SS, GP}
-
-
-class NewStack:
-    """Pushes that take effect together: nothing of the processor changes until `commit`.
-
-    A far transfer writes several words, perhaps on a stack that is not yet in use, and any of them may fault.
-    """
-
-    def __init__(self, cpu: Cpu, segment: seg.Segment, pointer: int, cpl: int):
-        self.cpu = cpu
-        self.segment = segment
-        self.pointer = pointer
-        self.cpl = cpl
-        if cpu.long_mode and cpu.segments[seg.CS].access & seg.LONG:
-            self.mask = MASKS[64]
-        else:
-            self.mask = 0xFFFFFFFF if segment.access & seg.BIG else 0xFFFF
-
-    def push(self, value: int, width: int) -> None:
-        size = width >> 3
-        offset = (self.pointer - size) & self.mask
-        address = offset
-        if self.mask != MASKS[64]:
-            if not self.segment.writable or offset < self.segment.first or offset + size - 1 > self.segment.last:
-                new = self.segment is not self.cpu.segments[seg.SS_]
-                raise GuestFault(SS, self.segment.selector & ~3 if new else 0)
-            address = (self.segment.base + offset) & 0xFFFFFFFF
-        self.cpu.store_as(address, value, width, 4 if self.cpl == 3 else 0)
-        self.pointer = self.pointer & ~self.mask | offset
-
-    def commit(self) -> None:
-        self.cpu.regs[RSP].value = self.pointer
-        if self.segment is not self.cpu.segments[seg.SS_]:
-            self.cpu.set_stack_segment(self.segment)
 
 
 # --- Delivery -------------------------------------------------------------------------------------------------------
@@ -167,8 +140,7 @@ def _deliver_real(cpu: Cpu, vector: int) -> None:
         stack.push(value, 16)
     stack.commit()
     cpu.system_flags &= ~(fl.IF | fl.TF | fl.AC | fl.RF)
-    old = cpu.segments[seg.CS]
-    cpu.set_code_segment(seg.Segment(pointer >> 16, pointer >> 16 << 4, old.limit, old.access), 0)
+    cpu.set_code_segment(real_mode_code_segment(cpu, pointer >> 16), 0)
     cpu.next_ip = pointer & 0xFFFF
 
 
@@ -236,9 +208,8 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
     if not cpu.protected_mode:
         if ip > 0xFFFF:
             raise general_protection()
-        old = cpu.segments[seg.CS]
         cpu.move_stack_pointer(3 * size)
-        cpu.set_code_segment(seg.Segment(selector, selector << 4, old.limit, old.access), 0)
+        cpu.set_code_segment(real_mode_code_segment(cpu, selector), 0)
         set_flags(cpu, flags, width)
         cpu.next_ip = ip
         return
@@ -246,7 +217,7 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
         raise Unsupported(f"IRET with the NT flag set at {cpu.where()}: hardware task switching")
     if flags & fl.VM and cpu.cpl == 0 and not cpu.long_mode and width == 32:
         raise Unsupported(f"IRET to virtual-8086 mode at {cpu.where()}")
-    code, cpl = _returned_code_segment(cpu, selector)
+    code, cpl = returned_code_segment(cpu, selector)
     if code.access & seg.LONG and cpu.long_mode:
         stack_too = True
     else:
@@ -255,7 +226,7 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
         stack_too = cpl > cpu.cpl or cpu.code_size == 64
     if stack_too:
         rsp, ss_selector = cpu.peek(3 * size, width), cpu.peek(4 * size, width) & 0xFFFF
-        ss = _returned_stack_segment(cpu, ss_selector, cpl, code)
+        ss = returned_stack_segment(cpu, ss_selector, cpl, code)
     set_flags(cpu, flags, width)
     leaving = cpl > cpu.cpl
     if not stack_too:
@@ -268,66 +239,6 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
     if leaving:
         drop_privileged_segments(cpu)
     cpu.next_ip = ip
-
-
-def _returned_code_segment(cpu: Cpu, selector: int) -> tuple[seg.Segment, int]:
-    """The code segment that a far return or IRET goes back to: never to a more privileged level."""
-    if seg.is_null(selector):
-        raise general_protection()
-    cpl = selector & 3
-    descriptor = seg.read_descriptor(cpu, selector)
-    conforming = descriptor.access & seg.CONFORMING
-    wrong_level = descriptor.dpl > cpl if conforming else descriptor.dpl != cpl
-    if not descriptor.is_code or cpl < cpu.cpl or wrong_level:
-        raise general_protection(selector & ~3)
-    return seg.code_segment(cpu, selector, descriptor, cpl), cpl
-
-
-def _returned_stack_segment(cpu: Cpu, selector: int, cpl: int, code: seg.Segment) -> seg.Segment:
-    """The stack segment on the way back; a null one only for 64-bit code below level 3."""
-    if seg.is_null(selector) and cpu.long_mode and code.access & seg.LONG and cpl < 3:
-        return seg.null_segment(selector)
-    return seg.stack_segment(cpu, selector, cpl)
-
-
-def far_return(cpu: Cpu, width: int, released: int) -> None:
-    """RETF (SDM vol. 2B): back to the same or an outer level, `released` more bytes of stack with it."""
-    size = width >> 3
-    ip, selector = cpu.peek(0, width), cpu.peek(size, width) & 0xFFFF
-    if not cpu.protected_mode:
-        old = cpu.segments[seg.CS]
-        if ip > old.last:
-            raise general_protection()
-        cpu.move_stack_pointer(2 * size + released)
-        cpu.set_code_segment(seg.Segment(selector, selector << 4, old.limit, old.access), 0)
-        cpu.next_ip = ip
-        return
-    code, cpl = _returned_code_segment(cpu, selector)
-    if not (cpu.long_mode and code.access & seg.LONG) and ip > code.last:
-        raise general_protection()
-    if cpl == cpu.cpl:
-        cpu.move_stack_pointer(2 * size + released)
-        cpu.set_code_segment(code, cpl)
-    else:
-        depth = 2 * size + released
-        rsp, ss_selector = cpu.peek(depth, width), cpu.peek(depth + size, width) & 0xFFFF
-        ss = _returned_stack_segment(cpu, ss_selector, cpl, code)
-        cpu.set_code_segment(code, cpl)
-        cpu.set_stack_segment(ss)
-        cpu.regs[RSP].value = rsp
-        cpu.move_stack_pointer(released)
-        drop_privileged_segments(cpu)
-    cpu.next_ip = ip
-
-
-def drop_privileged_segments(cpu: Cpu) -> None:
-    """On the way out, data segments that the outer level may not use become null (SDM vol. 3A, 5.8.6)."""
-    for index in (seg.ES, seg.DS, seg.FS, seg.GS):
-        segment = cpu.segments[index]
-        conforming = segment.access & seg.CODE and segment.access & seg.CONFORMING
-        if segment.dpl < cpu.cpl and not conforming:
-            cpu.segments[index] = seg.null_segment(0)
-    cpu.update_mode()
 
 
 def set_flags(cpu: Cpu, value: int, width: int) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mini_bhyve import flags as fl
 from mini_bhyve import interrupts
-from mini_bhyve import segmentation as seg
-from mini_bhyve.faults import BP, BR, OF, GuestFault, Unsupported, general_protection, undefined_opcode
+from mini_bhyve.far_transfer import far_call, far_jump, far_return
+from mini_bhyve.faults import BP, BR, OF, GuestFault, undefined_opcode
 from mini_bhyve.instructions.definition import instruction, signed
-from mini_bhyve.operands import RCX, RSP, Memory
+from mini_bhyve.operands import RCX, Memory
 
 
 @instruction("jmp", ends_block=True)
@@ -86,69 +86,24 @@ def _far_pointer(encoding, operands):
     return pointer.at(encoding.operand_width // 8, 16).value, offset
 
 
-def _direct_code_segment(cpu, selector, descriptor):
-    """The checks for a code segment reached without a gate: the privilege level cannot change."""
-    requested = selector & 3
-    if descriptor.access & seg.CONFORMING:
-        wrong = descriptor.dpl > cpu.cpl
-    else:
-        wrong = requested > cpu.cpl or descriptor.dpl != cpu.cpl
-    if wrong:
-        raise general_protection(selector & ~3)
-    return seg.code_segment(cpu, selector, descriptor, cpu.cpl)
-
-
-def _far_destination(cpu, selector, offset):
-    """The code segment that a far JMP or CALL names, checked; gates and task switches are refused in words."""
-    if seg.is_null(selector):
-        raise general_protection()
-    descriptor = seg.read_descriptor(cpu, selector)
-    if descriptor.is_system:
-        raise Unsupported(f"far transfer at {cpu.where()} through a gate or TSS, selector {selector:#x}")
-    if not descriptor.is_code:
-        raise general_protection(selector & ~3)
-    segment = _direct_code_segment(cpu, selector, descriptor)
-    if not (cpu.long_mode and segment.access & seg.LONG) and offset > segment.last:
-        raise general_protection()
-    return segment
-
-
-def _real_code_segment(cpu, selector):
-    old = cpu.segments[seg.CS]
-    return seg.Segment(selector, selector << 4, old.limit, old.access)
-
-
 @instruction("ljmp", encoded=True, ends_block=True, data_decides=True)
 def ljmp(cpu, encoding, *operands):
     """JMP far: a new code segment and offset."""
     selector, offset = _far_pointer(encoding, operands)
-    if cpu.protected_mode:
-        segment = _far_destination(cpu, selector, offset)
-    else:
-        segment = _real_code_segment(cpu, selector)
-    cpu.set_code_segment(segment, cpu.cpl)
-    cpu.branch(True, offset)
+    far_jump(cpu, selector, offset)
 
 
 @instruction("lcall", encoded=True, ends_block=True, data_decides=True)
 def lcall(cpu, encoding, *operands):
     """CALL far: as JMP far, with CS and the instruction pointer pushed."""
     selector, offset = _far_pointer(encoding, operands)
-    if cpu.protected_mode:
-        segment = _far_destination(cpu, selector, offset)
-    else:
-        segment = _real_code_segment(cpu, selector)
-    stack = interrupts.NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP].value, cpu.cpl)
-    stack.push(cpu.segments[seg.CS].selector, encoding.operand_width)
-    stack.push(encoding.next_ip, encoding.operand_width)
-    stack.commit()
-    cpu.set_code_segment(segment, cpu.cpl)
-    cpu.branch(True, offset)
+    far_call(cpu, selector, offset, encoding.operand_width)
 
 
 @instruction("retf", "retfq", encoded=True, ends_block=True, data_decides=True)
 def retf(cpu, encoding, released=None):
-    interrupts.far_return(cpu, encoding.operand_width, released.value if released else 0)
+    """RETF: back from a far call, with `released` bytes of arguments."""
+    far_return(cpu, encoding.operand_width, released.value if released else 0)
 
 
 # --- Interrupts from the program ------------------------------------------------------------------------------------

@@ -1,0 +1,232 @@
+"""Far transfers: from one code segment to another, and perhaps to another privilege level.
+
+Mirrors Intel SDM vol. 3A, 5.8 (Privilege Level Checking When Transferring Program Control Between Code Segments).
+
+                    same level                          more privileged             less privileged
+    JMP far         a code segment, or a call gate      -                           -
+    CALL far        a code segment, or a call gate      a call gate                 -
+    RETF, IRET      what was pushed                     -                           what was pushed
+
+A call gate, in the GDT or LDT (figure 5-8), is a door with an address of its own behind it: what the caller says is
+only which door. The inner level gets a stack of its own, from the TSS, with `count` parameters copied over:
+
+    63               48 47 46-45 44 43  40        36   32
+    | offset 31-16     | P | DPL | 0 | type |    | count |
+    | selector         | offset 15-0                     |
+    31               16 15                              0
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mini_bhyve import segmentation as seg
+from mini_bhyve.faults import NP, SS, TS, GuestFault, Unsupported, general_protection
+from mini_bhyve.operands import MASKS, RSP
+from mini_bhyve.paging import USER_ACCESS
+
+if TYPE_CHECKING:
+    from mini_bhyve.cpu import Cpu
+
+
+class NewStack:
+    """Pushes that take effect together: nothing of the processor changes until `commit`.
+
+    A far transfer writes several words, perhaps on a stack that is not yet in use, and any of them may fault.
+    """
+
+    def __init__(self, cpu: Cpu, segment: seg.Segment, pointer: int, cpl: int):
+        self.cpu = cpu
+        self.segment = segment
+        self.pointer = pointer
+        self.cpl = cpl
+        if cpu.long_mode and cpu.segments[seg.CS].access & seg.LONG:
+            self.mask = MASKS[64]
+        else:
+            self.mask = 0xFFFFFFFF if segment.access & seg.BIG else 0xFFFF
+
+    def push(self, value: int, width: int) -> None:
+        size = width >> 3
+        offset = (self.pointer - size) & self.mask
+        address = offset
+        if self.mask != MASKS[64]:
+            if not self.segment.writable or offset < self.segment.first or offset + size - 1 > self.segment.last:
+                new = self.segment is not self.cpu.segments[seg.SS_]
+                raise GuestFault(SS, self.segment.selector & ~3 if new else 0)
+            address = (self.segment.base + offset) & 0xFFFFFFFF
+        self.cpu.store_as(address, value, width, USER_ACCESS if self.cpl == 3 else 0)
+        self.pointer = self.pointer & ~self.mask | offset
+
+    def commit(self) -> None:
+        self.cpu.regs[RSP].value = self.pointer
+        if self.segment is not self.cpu.segments[seg.SS_]:
+            self.cpu.set_stack_segment(self.segment)
+
+
+def real_mode_code_segment(cpu: Cpu, selector: int) -> seg.Segment:
+    """CS after a far transfer in real mode: a new base, and nothing else changes."""
+    old = cpu.segments[seg.CS]
+    return seg.Segment(selector, selector << 4, old.limit, old.access)
+
+
+# --- There ------------------------------------------------------------------------------------------------------------
+
+
+def far_jump(cpu: Cpu, selector: int, offset: int) -> None:
+    """JMP far (SDM vol. 2A)."""
+    if not cpu.protected_mode:
+        cpu.set_code_segment(real_mode_code_segment(cpu, selector), 0)
+        cpu.next_ip = offset
+        return
+    descriptor = _destination(cpu, selector)
+    if descriptor.is_system:
+        selector, offset, descriptor, _ = _behind_gate(cpu, selector, descriptor)
+        if not descriptor.access & seg.CONFORMING and descriptor.dpl != cpu.cpl:
+            raise general_protection(selector & ~3)
+    segment = seg.code_segment(cpu, selector, descriptor, cpu.cpl)
+    check_offset(cpu, segment, offset)
+    cpu.set_code_segment(segment, cpu.cpl)
+    cpu.next_ip = offset
+
+
+def far_call(cpu: Cpu, selector: int, offset: int, width: int) -> None:
+    """CALL far (SDM vol. 2A); `width` is the operand size, which a gate overrides."""
+    stack = NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP].value, cpu.cpl)
+    if not cpu.protected_mode:
+        segment, cpl = real_mode_code_segment(cpu, selector), 0
+    else:
+        cpl = cpu.cpl
+        descriptor = _destination(cpu, selector)
+        if descriptor.is_system:
+            gate = descriptor
+            selector, offset, descriptor, width = _behind_gate(cpu, selector, gate)
+            if not descriptor.access & seg.CONFORMING and descriptor.dpl < cpl:
+                cpl = descriptor.dpl
+                stack = _inner_stack(cpu, cpl, gate.raw >> 32 & 0x1F, width)
+        segment = seg.code_segment(cpu, selector, descriptor, cpl)
+        check_offset(cpu, segment, offset)
+    stack.push(cpu.segments[seg.CS].selector, width)
+    stack.push(cpu.next_ip, width)
+    cpu.set_code_segment(segment, cpl)
+    stack.commit()
+    cpu.next_ip = offset
+
+
+def _destination(cpu: Cpu, selector: int) -> seg.Descriptor:
+    """The descriptor that a far JMP or CALL names: a code segment that may be entered as it is, or a gate."""
+    if seg.is_null(selector):
+        raise general_protection()
+    descriptor = seg.read_descriptor(cpu, selector)
+    if descriptor.is_system:
+        return descriptor
+    if descriptor.access & seg.CONFORMING:
+        wrong_level = descriptor.dpl > cpu.cpl
+    else:
+        wrong_level = selector & 3 > cpu.cpl or descriptor.dpl != cpu.cpl
+    if not descriptor.is_code or wrong_level:
+        raise general_protection(selector & ~3)
+    return descriptor
+
+
+def _behind_gate(cpu: Cpu, selector: int, gate: seg.Descriptor) -> tuple[int, int, seg.Descriptor, int]:
+    """Open a call gate: the selector, offset and descriptor of the code behind it, and the width of what is pushed."""
+    kind = gate.access & seg.TYPE
+    if kind in (seg.TASK_GATE, seg.TSS16_AVAILABLE, seg.TSS32_AVAILABLE):
+        raise Unsupported(f"task switch at {cpu.where()}, to selector {selector:#x}: hardware task switching")
+    if kind not in (seg.CALL_GATE16, seg.CALL_GATE32):
+        raise general_protection(selector & ~3)
+    if cpu.long_mode:
+        raise Unsupported(f"64-bit call gate at {cpu.where()}, selector {selector:#x}")
+    if max(cpu.cpl, selector & 3) > gate.dpl:
+        raise general_protection(selector & ~3)
+    if not gate.present:
+        raise GuestFault(NP, selector & ~3)
+    target = gate.raw >> 16 & 0xFFFF
+    if seg.is_null(target):
+        raise general_protection()
+    descriptor = seg.read_descriptor(cpu, target)
+    if not descriptor.is_code or descriptor.dpl > cpu.cpl:
+        raise general_protection(target & ~3)
+    offset = gate.raw & 0xFFFF
+    if kind == seg.CALL_GATE16:
+        return target, offset, descriptor, 16
+    return target, offset | gate.raw >> 32 & 0xFFFF0000, descriptor, 32
+
+
+def _inner_stack(cpu: Cpu, cpl: int, count: int, width: int) -> NewStack:
+    """The stack of a more privileged level: the caller's SS and ESP lie on top, below them copies of its parameters."""
+    parameters = [cpu.peek(index * width // 8, width) for index in range(count)]
+    ss, esp = seg.stack_from_tss(cpu, cpl)
+    stack = NewStack(cpu, seg.stack_segment(cpu, ss, cpl, vector=TS), esp, cpl)
+    stack.push(cpu.segments[seg.SS_].selector, width)
+    stack.push(cpu.regs[RSP].value, width)
+    for parameter in reversed(parameters):
+        stack.push(parameter, width)
+    return stack
+
+
+def check_offset(cpu: Cpu, segment: seg.Segment, offset: int) -> None:
+    """#GP if a code segment does not reach to `offset`; 64-bit ones reach everywhere."""
+    if not (cpu.long_mode and segment.access & seg.LONG) and offset > segment.last:
+        raise general_protection()
+
+
+# --- And back ---------------------------------------------------------------------------------------------------------
+
+
+def returned_code_segment(cpu: Cpu, selector: int) -> tuple[seg.Segment, int]:
+    """The code segment that a far return or IRET goes back to: never to a more privileged level."""
+    if seg.is_null(selector):
+        raise general_protection()
+    cpl = selector & 3
+    descriptor = seg.read_descriptor(cpu, selector)
+    conforming = descriptor.access & seg.CONFORMING
+    wrong_level = descriptor.dpl > cpl if conforming else descriptor.dpl != cpl
+    if not descriptor.is_code or cpl < cpu.cpl or wrong_level:
+        raise general_protection(selector & ~3)
+    return seg.code_segment(cpu, selector, descriptor, cpl), cpl
+
+
+def returned_stack_segment(cpu: Cpu, selector: int, cpl: int, code: seg.Segment) -> seg.Segment:
+    """The stack segment on the way back; a null one only for 64-bit code below level 3."""
+    if seg.is_null(selector) and cpu.long_mode and code.access & seg.LONG and cpl < 3:
+        return seg.null_segment(selector)
+    return seg.stack_segment(cpu, selector, cpl)
+
+
+def far_return(cpu: Cpu, width: int, released: int) -> None:
+    """RETF (SDM vol. 2B): back to the same or an outer level, `released` more bytes of stack with it."""
+    size = width >> 3
+    ip, selector = cpu.peek(0, width), cpu.peek(size, width) & 0xFFFF
+    if not cpu.protected_mode:
+        if ip > cpu.segments[seg.CS].last:
+            raise general_protection()
+        cpu.move_stack_pointer(2 * size + released)
+        cpu.set_code_segment(real_mode_code_segment(cpu, selector), 0)
+        cpu.next_ip = ip
+        return
+    code, cpl = returned_code_segment(cpu, selector)
+    check_offset(cpu, code, ip)
+    if cpl == cpu.cpl:
+        cpu.move_stack_pointer(2 * size + released)
+        cpu.set_code_segment(code, cpl)
+    else:
+        depth = 2 * size + released
+        rsp, ss_selector = cpu.peek(depth, width), cpu.peek(depth + size, width) & 0xFFFF
+        ss = returned_stack_segment(cpu, ss_selector, cpl, code)
+        cpu.set_code_segment(code, cpl)
+        cpu.set_stack_segment(ss)
+        cpu.regs[RSP].value = rsp
+        cpu.move_stack_pointer(released)
+        drop_privileged_segments(cpu)
+    cpu.next_ip = ip
+
+
+def drop_privileged_segments(cpu: Cpu) -> None:
+    """On the way out, data segments that the outer level may not use become null (SDM vol. 3A, 5.8.6)."""
+    for index in (seg.ES, seg.DS, seg.FS, seg.GS):
+        segment = cpu.segments[index]
+        conforming = segment.access & seg.CODE and segment.access & seg.CONFORMING
+        if segment.dpl < cpu.cpl and not conforming:
+            cpu.segments[index] = seg.null_segment(0)
+    cpu.update_mode()
