@@ -171,10 +171,10 @@ def enter(cpu, encoding, size, level):
     level_count = level.value & 0x1F
     rsp, frame = cpu.regs[RSP].value, cpu.regs[RBP].value
     slots = [frame & value_mask]
-    frame_pointer = rsp - step
+    frame_pointer = (rsp & ~mask | (rsp - step) & mask) & value_mask
     if level_count:
         slots += [cpu.load_stack((frame - step * outer) & mask, width) for outer in range(1, level_count)]
-        slots.append(frame_pointer & mask & value_mask)
+        slots.append(frame_pointer)
     new_rsp = rsp - step * len(slots) - size.value
     # A frame that the stack cannot hold faults here, before anything is changed.
     cpu.store_stack(new_rsp & mask, cpu.load_stack(new_rsp & mask, width), width)
@@ -182,7 +182,7 @@ def enter(cpu, encoding, size, level):
         cpu.store_stack((rsp - step * (index + 1)) & mask, value, width)
     cpu.regs[RSP].value = rsp & ~mask | new_rsp & mask
     keep = ~value_mask if width == 16 else 0
-    cpu.regs[RBP].value = frame & keep | (frame_pointer & mask | rsp & ~mask) & value_mask
+    cpu.regs[RBP].value = frame & keep | frame_pointer
 
 
 @instruction("leave", encoded=True)
