@@ -184,7 +184,8 @@ def vm_checkpoint(vm: VirtualMachine, checkpoint_file: str, stop_vm: bool) -> No
     """Save the VM as the snapshot `checkpoint_file`; with `stop_vm`, end it then (suspend), else let it run on.
 
     The VM is paused meanwhile. A VM that was paused before stays so. On SnapshotError the VM goes on as if nothing had
-    been asked, and a snapshot that had that name before is still there.
+    been asked, and the name stands for the same snapshot as before; or for the new one, if only what comes after the
+    commit went wrong.
     """
     with SnapshotFiles(checkpoint_file) as files:
         files.finish_interrupted()
@@ -192,9 +193,9 @@ def vm_checkpoint(vm: VirtualMachine, checkpoint_file: str, stop_vm: bool) -> No
         files.remove_unfinished()
         was_paused = vm.pause.paused
         stopped = False
-        if not was_paused:
-            vm.pause.vm_vcpu_pause(vm.suspend_all)
         try:
+            if not was_paused:
+                vm.pause.vm_vcpu_pause(vm.suspend_all)
             write_snapshot(vm, files)
             if stop_vm:
                 vm.suspended()

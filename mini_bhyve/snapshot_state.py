@@ -20,7 +20,7 @@ class SnapshotError(Exception):
     """A snapshot could not be made, read or restored; the message is one sentence that says what is in the way."""
 
     def __init__(self, message: str):
-        # A file's name need not be text; what is not is shown as \xNN, so that any terminal and any reply can take it.
+        # A file's name need not be text. What is not is escaped, so that any terminal and any reply can take it.
         super().__init__(message.encode("utf-8", "backslashreplace").decode())
 
 
