@@ -448,6 +448,13 @@ class Cpu:
     def store_segment_memory(self, index: int, offset: int, value: int, width: int) -> None:
         self.store(self.linear(index, offset, width >> 3, True), value, width)
 
+    def check_store(self, index: int, offset: int, width: int) -> None:
+        """Raise what a store to a segment would raise, and store nothing."""
+        size = width >> 3
+        address = self.linear(index, offset, size, True)
+        self.mmu.translate(address, WRITE | self.user_access)
+        self.mmu.translate((address + size - 1) & self.linear_mask, WRITE | self.user_access)
+
     # --- The stack --------------------------------------------------------------------------------------------------
 
     def load_stack(self, offset: int, width: int) -> int:

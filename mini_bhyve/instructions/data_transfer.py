@@ -7,6 +7,7 @@ from __future__ import annotations
 from mini_bhyve.flags import ADD, CONDITIONS, EXPLICIT, SUB, ZF, arithmetic_flags
 from mini_bhyve.instructions.definition import choose, instruction, sign_extend
 from mini_bhyve.operands import RAX, RBP, RBX, RCX, RDX, RSP, Memory, SegmentRegister
+from mini_bhyve.segmentation import SS_
 
 
 @instruction("mov", "movabs")
@@ -177,7 +178,7 @@ def enter(cpu, encoding, size, level):
         slots.append(frame_pointer)
     new_rsp = rsp - step * len(slots) - size.value
     # A frame that the stack cannot hold faults here, before anything is changed.
-    cpu.store_stack(new_rsp & mask, cpu.load_stack(new_rsp & mask, width), width)
+    cpu.check_store(SS_, new_rsp & mask, width)
     for index, value in enumerate(slots):
         cpu.store_stack((rsp - step * (index + 1)) & mask, value, width)
     cpu.regs[RSP].value = rsp & ~mask | new_rsp & mask

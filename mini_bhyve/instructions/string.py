@@ -204,7 +204,7 @@ def _ins(operation):
     cpu = operation.cpu
     port = cpu.regs[RDX].value & 0xFFFF
     check_port_allowed(cpu, port, operation.width)
-    operation.store_destination(operation.load_destination())
+    cpu.check_store(seg.ES, cpu.regs[RDI].value & operation.address_mask, operation.width)
     operation.store_destination(cpu.ports.read(port, operation.width))
     operation.advance(RDI)
 
