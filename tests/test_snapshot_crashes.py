@@ -1,0 +1,367 @@
+"""Checkpoints that are killed, that fail, that lose power: what they leave behind, and what the VM does then."""
+
+import errno
+import fcntl
+import itertools
+import os
+import resource
+import signal
+
+import pytest
+from snapshot_machine import COMPLETE, NEW, OLD, SIZE, contents, machine, whole
+
+from mini_bhyve.snapshot import SnapshotError, load_snapshot, vm_checkpoint
+from mini_bhyve.snapshot_files import KERN, META, RAM
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "vm.ckp")
+
+
+@pytest.fixture
+def saved(path):
+    """A snapshot of OLD."""
+    vm_checkpoint(OLD, path, False)
+    return path
+
+
+# --- Crashes ----------------------------------------------------------------------------------------------------------
+
+OPERATIONS = [(os, name) for name in ("open", "stat", "pwrite", "ftruncate", "fsync", "close", "rename", "unlink")]
+OPERATIONS += [(fcntl, "flock")]
+
+
+def intercept(monkeypatch, act):
+    """Let `act(name, operation, arguments, keywords)` stand in for every file operation that a checkpoint needs."""
+
+    def instead(name, operation):
+        return lambda *arguments, **keywords: act(name, operation, arguments, keywords)
+
+    for module, name in OPERATIONS:
+        monkeypatch.setattr(module, name, instead(name, getattr(module, name)))
+
+
+def count_operations(monkeypatch, task):
+    names = []
+
+    def act(name, operation, arguments, keywords):
+        names.append(name)
+        return operation(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        intercept(patch, act)
+        task()
+    return len(names)
+
+
+def killed(when, task):
+    """Run `task` in a child process that is killed when `when(names)` of the operations so far, the next included.
+
+    Returns whether it was killed. A write is half done by then.
+    """
+    child = os.fork()
+    if child == 0:
+        names = []
+
+        def act(name, operation, arguments, keywords):
+            names.append(name)
+            if when(names):
+                if name == "pwrite":
+                    descriptor, data, offset = arguments
+                    operation(descriptor, data[: len(data) // 2], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*arguments, **keywords)
+
+        intercept(pytest.MonkeyPatch(), act)
+        task()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status == signal.SIGKILL
+
+
+def killed_at(number, task):
+    return killed(lambda names: len(names) == number, task)
+
+
+def which(path):
+    """Which snapshot is there, whole: "old" or "new"; "none" if there is none at all."""
+    try:
+        found = whole(load_snapshot(path))
+    except SnapshotError as error:
+        assert "vm.ckp.meta: No such file" in str(error)
+        return "none"
+    (name,) = [name for name, vm in (("old", OLD), ("new", NEW)) if contents(vm) == found]
+    return name
+
+
+@pytest.mark.parametrize("before", ["none", "old"])
+def test_killed_at_any_file_operation_the_old_or_the_new_snapshot_is_there(tmp_path, monkeypatch, before):
+    outcomes = []
+    for number in itertools.count(1):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        path = str(directory / "vm.ckp")
+        if before == "old":
+            vm_checkpoint(OLD, path, False)
+        was_killed = killed_at(number, lambda path=path: vm_checkpoint(NEW, path, False))
+        outcomes.append(which(path))
+        # What is left over, the next checkpoint of that name clears away.
+        vm_checkpoint(OLD, path, False)
+        assert sorted(os.listdir(directory)) == COMPLETE
+        assert which(path) == "old"
+        if not was_killed:
+            break
+    assert number == 1 + count_operations(monkeypatch, lambda: vm_checkpoint(NEW, path, False)) or before == "none"
+    assert number > 30
+    # One instant divides the two.
+    assert [outcome for outcome, _ in itertools.groupby(outcomes)] == [before, "new"]
+
+
+def interrupted_after_commit(path):
+    """Leave what a checkpoint of NEW over OLD leaves that is killed right after its commit."""
+    vm_checkpoint(OLD, path, False)
+    assert killed(lambda names: names[:-1].count("rename") == 1, lambda: vm_checkpoint(NEW, path, False))
+    assert os.path.exists(path + ".meta.ready")
+
+
+@pytest.mark.parametrize("successor", ["load", "checkpoint"])
+def test_killed_while_it_finishes_for_one_that_was_killed_the_new_snapshot_is_there(tmp_path, successor):
+    tasks = {"load": load_snapshot, "checkpoint": lambda path: vm_checkpoint(NEW, path, False)}
+    for number in itertools.count(1):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        path = str(directory / "vm.ckp")
+        interrupted_after_commit(path)
+        was_killed = killed_at(number, lambda path=path: tasks[successor](path))
+        assert which(path) == "new"
+        if not was_killed:
+            break
+    assert number > 10
+    assert sorted(os.listdir(directory)) == COMPLETE
+
+
+def test_a_snapshot_that_was_not_put_in_place_is_put_there_by_a_load(path):
+    interrupted_after_commit(path)
+    assert sorted(os.listdir(os.path.dirname(path))) != COMPLETE
+    assert which(path) == "new"
+    assert sorted(os.listdir(os.path.dirname(path))) == COMPLETE
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_if_any_file_operation_fails_a_whole_snapshot_is_there_and_the_vm_runs_on(tmp_path, monkeypatch, code):
+    for number in itertools.count(1):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        path = str(directory / "vm.ckp")
+        vm_checkpoint(OLD, path, False)
+        vm = machine(b"newer" * 100, 2)
+        failed = None
+        names = []
+
+        def act(name, operation, arguments, keywords, number=number, names=names):
+            names.append(name)
+            if len(names) != number:
+                return operation(*arguments, **keywords)
+            if name == "close":  # closes even if it fails
+                operation(*arguments)
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            intercept(patch, act)
+            try:
+                vm_checkpoint(vm, path, True)
+            except SnapshotError as error:
+                failed = str(error)
+        assert not vm.pause.paused
+        assert which(path) in ("old", "new")
+        if len(names) < number:
+            break
+        if failed is None:  # to close the directory is the last operation, and nothing is lost if it fails
+            assert (names[-1], number, vm.ended) == ("close", len(names), True)
+            continue
+        assert not vm.ended
+        assert failed.startswith("cannot ")
+        assert str(directory) in failed
+        assert failed.endswith(os.strerror(code))
+        assert sorted(os.listdir(directory)) == COMPLETE or which(path) == "new"
+    assert number > 30
+    assert which(path) == "new"
+
+
+class Disk:
+    """What a power cut may leave of a directory: the state of the last fsync, and any of what was done since.
+
+    Contents of a file are there when it was fsynced, and may be there or not before. Of the changes to the directory
+    since its last fsync, any may be there without the others.
+    """
+
+    def __init__(self, directory):
+        self.durable = {name: {"synced": (directory / name).read_bytes()} for name in os.listdir(directory)}
+        self.pending = []
+        self.open_files = {}
+        self.directories = set()
+        self.failing_fsync = None  # which fsync of the directory is to fail
+        self.outcomes = set()
+
+    def act(self, name, operation, arguments, keywords):
+        if name == "fsync" and arguments[0] in self.directories and self.failing_fsync is not None:
+            self.failing_fsync -= 1
+            if self.failing_fsync == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        result = operation(*arguments, **keywords)
+        first = arguments[0]
+        if name == "open" and arguments[1] & os.O_CREAT:
+            self.open_files[result] = {"synced": b"", "now": bytearray()}
+            self.pending.append((name, first, self.open_files[result]))
+        elif name == "open":
+            self.directories.add(result)
+        elif name == "ftruncate":
+            self.open_files[first]["now"] = bytearray(arguments[1])
+        elif name == "pwrite":
+            self.open_files[first]["now"][arguments[2] : arguments[2] + result] = arguments[1][:result]
+        elif name == "fsync" and first in self.directories:
+            self.durable, self.pending = self.after(self.pending), []
+        elif name == "fsync":
+            self.open_files[first]["synced"] = bytes(self.open_files[first]["now"])
+        elif name == "close":
+            self.open_files.pop(first, None)
+            self.directories.discard(first)
+        elif name in ("rename", "unlink"):
+            self.pending.append((name, *arguments))
+        self.outcomes |= set(self.possible())
+        return result
+
+    def after(self, changes):
+        files = dict(self.durable)
+        for name, first, *rest in changes:
+            if name == "open":
+                files[first] = rest[0]
+            elif first in files:
+                file = files.pop(first)
+                if name == "rename":
+                    files[rest[0]] = file
+        return files
+
+    def possible(self):
+        for kept in itertools.product([False, True], repeat=len(self.pending)):
+            files = self.after(itertools.compress(self.pending, kept))
+            for version in "synced", "now":
+                yield frozenset((name, bytes(file.get(version, file["synced"]))) for name, file in files.items())
+
+
+def load_each(outcomes, directory):
+    """The snapshots found in the given states of a directory."""
+    found = []
+    for number, files in enumerate(outcomes):
+        (directory / str(number)).mkdir(parents=True)
+        for name, data in files:
+            (directory / str(number) / name).write_bytes(data)
+        found.append(whole(load_snapshot(str(directory / str(number) / "vm.ckp"))))
+    return found
+
+
+def test_after_a_power_cut_at_any_instant_the_old_or_the_new_snapshot_is_there(saved, tmp_path, monkeypatch):
+    disk = Disk(tmp_path)
+    with monkeypatch.context() as patch:
+        intercept(patch, disk.act)
+        vm_checkpoint(NEW, saved, False)
+    assert len(disk.outcomes) > 20
+    found = load_each(disk.outcomes, tmp_path / "cut")
+    assert contents(OLD) in found
+    assert contents(NEW) in found
+    assert all(one in (contents(OLD), contents(NEW)) for one in found)
+    assert load_each(disk.possible(), tmp_path / "end") == [contents(NEW)] * 2  # nothing is lost that was reported done
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_after_a_failed_fsync_and_a_power_cut_in_the_next_checkpoint_one_of_the_three_is_there(
+    saved, tmp_path, monkeypatch, failing
+):
+    disk = Disk(tmp_path)
+    last = machine(b"the last" * 100, 3)
+    with monkeypatch.context() as patch:
+        intercept(patch, disk.act)
+        disk.failing_fsync = failing
+        with pytest.raises(SnapshotError, match="Input/output error"):
+            vm_checkpoint(NEW, saved, False)
+        vm_checkpoint(last, saved, False)
+    allowed = [contents(vm) for vm in (OLD, NEW, last)]
+    assert all(one in allowed for one in load_each(disk.outcomes, tmp_path / "cut"))
+    assert load_each(disk.possible(), tmp_path / "end") == [contents(last)] * 2
+
+
+# --- Errors while saving ----------------------------------------------------------------------------------------------
+
+
+def refused(vm, path, why):
+    """A checkpoint is refused; the VM runs, and the directory is as it was."""
+    directory = os.path.dirname(path)
+    before = sorted(os.listdir(directory)) if os.path.isdir(directory) else None
+    with pytest.raises(SnapshotError, match=why) as error:
+        vm_checkpoint(vm, path, True)
+    assert not vm.pause.paused
+    assert not vm.ended
+    assert before == (sorted(os.listdir(directory)) if os.path.isdir(directory) else None)
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path):
+    refused(machine(), str(tmp_path / "missing" / "vm.ckp"), "cannot open the directory .*missing: No such file")
+    (tmp_path / "file").write_text("")
+    refused(machine(), str(tmp_path / "file" / "vm.ckp"), "cannot open the directory .*file: Not a directory")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a\0b"])
+def test_what_is_no_name_of_a_file_is_refused(tmp_path, name):
+    refused(machine(), f"{tmp_path}/{name}", "is not the name of a file")
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    refused(machine(), str(tmp_path / ("x" * 250)), "File name too long")
+
+
+@pytest.mark.parametrize("suffix", [RAM, KERN, META])
+@pytest.mark.parametrize("kind", ["directory", "pipe", "link"])
+def test_what_is_not_a_regular_file_is_never_replaced(path, suffix, kind):
+    {"directory": os.mkdir, "pipe": os.mkfifo, "link": lambda name: os.symlink("elsewhere", name)}[kind](path + suffix)
+    refused(machine(), path, f"vm.ckp{suffix} exists and is not a regular file")
+
+
+def test_a_file_that_is_no_snapshot_is_never_replaced(tmp_path):
+    (tmp_path / "disk.img").write_bytes(b"valuable")
+    refused(machine(), str(tmp_path / "disk.img"), "disk.img exists and is not a snapshot")
+    assert (tmp_path / "disk.img").read_bytes() == b"valuable"
+
+
+def test_a_device_that_cannot_be_saved_is_named_and_the_old_snapshot_stays(saved):
+    vm = machine()
+    vm.uart.label = "with \0 in it"
+    refused(vm, saved, "uart-com1: .*NUL")
+    vm.uart.label, vm.uart.port = "", 1 << 16
+    refused(vm, saved, "uart-com1: port is 65536")
+    assert whole(load_snapshot(saved)) == contents(OLD)
+
+
+def test_a_bug_in_a_device_leaves_the_vm_running_and_no_litter(saved, tmp_path):
+    vm = machine()
+    vm.devices = lambda: 1 // 0
+    with pytest.raises(ZeroDivisionError):
+        vm_checkpoint(vm, saved, False)
+    assert not vm.pause.paused
+    assert sorted(os.listdir(tmp_path)) == COMPLETE
+
+
+def test_a_limit_on_the_size_of_files_is_an_error_and_not_the_end(saved):
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE - 1, SIZE - 1))
+        try:
+            vm_checkpoint(NEW, saved, False)
+        except SnapshotError as error:
+            os._exit(0 if "vm.ckp.unfinished: File too large" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert whole(load_snapshot(saved)) == contents(OLD)
+    assert sorted(os.listdir(os.path.dirname(saved))) == COMPLETE
