@@ -118,7 +118,7 @@ def load_flat(memory: GuestMemory, data: bytes) -> Start:
 
 def load_boot_sector(memory: GuestMemory, disk_path: str) -> Start:
     """Put the first sector of a disk image at 0000:7C00. LoaderError if it does not end in 55 AA: not bootable."""
-    sector = _read_file(disk_path, limit=BOOT_SECTOR_SIZE)
+    sector = read_file(disk_path, limit=BOOT_SECTOR_SIZE)
     if len(sector) < BOOT_SECTOR_SIZE or sector[-2:] != BOOT_SIGNATURE:
         raise LoaderError(f"{disk_path}: not bootable, its first sector does not end with the bytes 55 aa")
     return load_flat(memory, sector)
@@ -162,7 +162,7 @@ def load_kernel(memory: GuestMemory, path: str, append: str = "", initrd: str | 
     `append` is the command line and `initrd` the file of a module, which only a Multiboot kernel can be given.
     LoaderError names the file and what is wrong.
     """
-    data = _read_file(path)
+    data = read_file(path)
     header = find_multiboot_header(data)
     if header is not None:
         return _load_multiboot(memory, path, data, header, append, initrd)
@@ -375,7 +375,7 @@ def _load_multiboot(
     if initrd:
         # Behind the kernel, and always on a page boundary, whether the header asks for it or not.
         start = -(-max(end, ONE_MIB) // PAGE_SIZE) * PAGE_SIZE
-        contents = _read_file(initrd)
+        contents = read_file(initrd)
         _place(memory, initrd, start, contents, len(contents))
         modules.append((start, start + len(contents), initrd))
     # The first word of the command line is the kernel's name, like a program's argv[0].
@@ -456,7 +456,7 @@ def _memory_map(size: int) -> bytes:
     return b"".join(struct.pack("<IQQI", 20, start, end - start, kind) for start, end, kind in regions if end > start)
 
 
-def _read_file(path: str, limit: int = -1) -> bytes:
+def read_file(path: str, limit: int = -1) -> bytes:
     """The first `limit` bytes of a file, or all; LoaderError names what cannot be read."""
     try:
         # Asked before it is opened: to open a named pipe would wait for a writer, to read a device may never end.

@@ -92,6 +92,10 @@ class Machine:
         for device in self.port_devices():
             self.ports.claim(device)
 
+        self.disk_identities = [
+            {"slot": disk.slot, "path": disk.path, "size": os.path.getsize(disk.path)} for disk in config.disks()
+        ]
+
         self.exit_code: ExitCode | None = None
         self.reason = ""
         self.stopping = threading.Lock()
@@ -128,9 +132,7 @@ class Machine:
 
     def disks(self) -> list[dict[str, Any]]:
         """Which disks there are; path and size tell them apart."""
-        return [
-            {"slot": disk.slot, "path": disk.path, "size": os.path.getsize(disk.path)} for disk in self.config.disks()
-        ]
+        return self.disk_identities
 
     # --- Loading the first program ----------------------------------------------------------------------------------
 
@@ -139,8 +141,7 @@ class Machine:
         config = self.config
         bootrom, kernel, disks = config.get("bootrom"), config.get("kernel"), config.disks()
         if bootrom:
-            with open(bootrom, "rb") as file:
-                start = loader.load_bootrom(self.memory, file.read())
+            start = self.load_bootrom(bootrom)
         elif kernel:
             start = loader.load_kernel(self.memory, kernel, config.get("append", ""), config.get("initrd"))
         elif disks:
@@ -148,6 +149,14 @@ class Machine:
         else:
             start = loader.load_flat(self.memory, loader.embedded_guest(config.require("guest")))
         self.cpu.start(start)
+
+    def load_bootrom(self, path: str) -> loader.Start:
+        """`-l bootrom,FILE`."""
+        image = loader.read_file(path)
+        try:
+            return loader.load_bootrom(self.memory, image)
+        except loader.LoaderError as error:
+            raise loader.LoaderError(f"{path}: {error}") from None
 
     # --- The run loop -----------------------------------------------------------------------------------------------
 
