@@ -216,7 +216,9 @@ class Machine:
         if not cpu.system_flags & IF:
             self.stop(ExitCode.HALT, f"halted with interrupts off at {cpu.where()}")
         elif self.wall_clock:
-            self.sleep_until(deadline)
+            # Input wakes us by itself: no need to get up every millisecond because the UART would look for some.
+            timers = (self.pit.deadline, self.rtc.deadline, self.uart.timeout_at)
+            self.sleep_until(min((when for when in timers if when is not None), default=None))
         elif deadline is None:
             self.wait(None)
         else:
