@@ -54,8 +54,8 @@ LSR_OE = 0x02  # overrun: a byte came and there was no room
 LSR_THRE = 0x20  # transmitter holding register empty
 LSR_TEMT = 0x40  # transmitter empty
 
-MSR_DCTS, MSR_DDSR, MSR_TERI, MSR_DDCD = 0x01, 0x02, 0x04, 0x08  # what changed since MSR was last read
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80  # the four inputs
+MSR_DELTAS = 0x0F  # DCTS, DDSR, TERI, DDCD: which of them changed since MSR was last read
 
 UART_HZ = 1843200  # crystal of a PC's serial port
 FIFO_SIZE = 16
@@ -135,7 +135,7 @@ class Uart16550(Device):
             return value
         if register == MSR:
             value = self.msr
-            self.msr &= 0xF0
+            self.msr &= ~MSR_DELTAS
             self._update_irq()
             return value
         return self.scr
@@ -243,7 +243,7 @@ class Uart16550(Device):
             )
         # The delta bits lie four below their inputs. RI counts only when it ends (TERI, the trailing edge).
         changed = (self.msr ^ inputs) & ~(inputs & MSR_RI)
-        self.msr = inputs | (self.msr & 0x0F) | (changed >> 4 & 0x0F)
+        self.msr = inputs | (self.msr & MSR_DELTAS) | (changed >> 4 & MSR_DELTAS)
 
     # -- Interrupts and time
 
@@ -257,7 +257,7 @@ class Uart16550(Device):
             return IIR_RECEIVED_DATA
         if self.ier & IER_ETBEI and self.thr_empty_pending:
             return IIR_THR_EMPTY
-        if self.ier & IER_EDSSI and self.msr & 0x0F:
+        if self.ier & IER_EDSSI and self.msr & MSR_DELTAS:
             return IIR_MODEM_STATUS
         return IIR_NONE
 

@@ -70,6 +70,8 @@ FIGURES = [
     ("18, even", 0x16, True, {1: 4}, "HHLLHHLLHH", [4, 2, 4, 2, 4, 2, 4, 2, 4, 2]),
     ("18, odd", 0x16, True, {1: 5}, "HHHLLHHHLL", [4, 2, 0, 4, 2, 4, 2, 0, 4, 2]),
     ("18, gate", 0x16, True, {1: 4, 5: "v", 6: "^"}, "HHLLHHHLLH", [4, 2, 4, 2, 2, 4, 2, 4, 2, 4]),
+    ("18, new count in the high half", 0x16, True, {1: 4, 2: 6}, "HHLLLHHH", [4, 2, 6, 4, 2, 6, 4, 2]),
+    ("18, new count in the low half", 0x16, True, {1: 4, 4: 6}, "HHLLHHHL", [4, 2, 4, 2, 6, 4, 2, 6]),
     ("19, first", 0x18, True, {1: 3}, "HHHLHHH", [3, 2, 1, 0, FFFF, 0xFFFE, 0xFFFD]),
     ("19, gate", 0x18, False, {1: 3, 4: "^"}, "HHHHHLH", [3, 3, 3, 2, 1, 0, FFFF]),
     ("19, new count", 0x18, True, {1: 3, 4: 2}, "HHHHHLH", [3, 2, 1, 2, 1, 0, FFFF]),
@@ -440,7 +442,58 @@ def test_an_edge_triggered_pic_latches_one_request_a_period(mode):
     assert ticks == 49
 
 
+def test_reading_a_counter_does_not_move_its_interrupt():
+    bench = Bench()
+    bench.program(0, 0, 1000)
+    bench.pulses(300)
+    assert bench.count(0) == 1000 - 299
+    assert bench.pit.deadline == instant(1001)
+
+
+def test_raising_out_0_by_a_control_word_raises_irq0():
+    bench = Bench()
+    bench.program(0, 0, 1000)
+    assert bench.irq0.rises() == 0
+    bench.pit.outb(0x43, 0x34)
+    assert bench.irq0.rises() == 1
+
+
+@pytest.mark.parametrize("mode", [1, 5])
+def test_modes_that_wait_for_a_trigger_wait_forever_on_counter_0(mode):
+    bench = Bench()
+    bench.program(0, mode, 100)
+    assert bench.pit.deadline is None
+    bench.pulses(1000)
+    assert bench.status(0) & 0xC0 == 0xC0
+
+
+# ---- Power-on
+
+
+def test_a_timer_that_was_never_programmed_does_nothing():
+    bench = Bench()
+    bench.pit.outb(0x61, 0x01)  # a trigger, but there is no count
+    bench.pulses(100_000)
+    assert bench.pit.deadline is None and bench.irq0.levels == []
+    assert [bench.status(counter) & 0xC0 for counter in range(3)] == [0xC0, 0xC0, 0xC0]
+
+
+def test_a_control_word_makes_the_next_byte_read_the_first_one():
+    bench = Bench()
+    bench.program(0, 2, 0x1234)
+    bench.pulses(1)
+    assert bench.pit.inb(0x40) == 0x34
+    bench.program(0, 2, 0x5678)
+    bench.pulses(1)
+    assert bench.pit.inb(0x40) == 0x78
+
+
 # ---- Port 61h
+
+
+def test_port_61h_is_clear_at_power_on():
+    bench = Bench()
+    assert bench.pit.inb(0x61) & 0x0F == 0
 
 
 def test_port_61h_shows_out2_and_gates_counter_2():

@@ -331,6 +331,40 @@ def test_flags_are_set_though_their_interrupts_are_not_enabled():
     assert bench.read(C) == 0
 
 
+def test_an_alarm_is_flagged_once():
+    bench = Bench()
+    bench.write(SECONDS_ALARM, 0x05)
+    bench.write(MINUTES_ALARM, 0xFF)
+    bench.write(HOURS_ALARM, 0xFF)
+    flagged = []
+    for second in range(70):
+        bench.clock.now = second * SECOND
+        flagged += [second] if bench.read(C) & AF else []
+    assert flagged == [5, 65]
+
+
+def test_what_happened_before_a_register_was_written_is_flagged_by_the_old_one():
+    bench = Bench()
+    bench.write(A, 0x26)
+    bench.clock.now = SECOND // 100
+    bench.write(A, 0x20)  # no periodic interrupt any more
+    assert bench.read(C) == PF
+
+
+def test_periodic_interrupts_follow_the_divider_when_it_is_released_from_reset():
+    bench = Bench()
+    bench.clock.now = 123_456_789
+    bench.write(A, 0x7F)
+    bench.write(B, PIE | H24)
+    bench.clock.now = 300_000_000
+    assert bench.rtc.deadline is None
+    bench.write(A, 0x2F)  # every half second
+    assert bench.read(C) == 0
+    bench.clock.now = 799_999_999
+    assert bench.read(C) == 0
+    assert bench.instants_of_irq8(3) == [800_000_000, 1_300_000_000, 1_800_000_000]
+
+
 def test_reading_register_c_lowers_the_line():
     bench = Bench()
     bench.write(B, UIE | H24)

@@ -243,6 +243,8 @@ def test_resetting_or_switching_off_the_fifo_empties_it(fcr):
     assert bench.irq.high
     bench.uart.outb(FCR, fcr)
     assert bench.uart.inb(LSR) == 0x60 and not bench.irq.high
+    bench.wait(50 * MILLISECOND)
+    assert not bench.irq.high
     assert bench.uart.inb(IIR) == (0xC1 if fcr & 1 else 0x01)
 
 
@@ -301,6 +303,24 @@ def test_another_byte_starts_the_timeout_again():
     assert not bench.irq.high
     bench.wait(MILLISECOND)
     assert bench.irq.high and bench.source() == TIMEOUT
+
+
+def test_a_timeout_that_came_first_is_not_undone_by_input_when_both_are_seen_late():
+    bench = Bench(script=b"a", fifo=0xC1, ier=0x01)
+    bench.uart.outb(LCR, 0x03)
+    bench.wait(MILLISECOND)
+    bench.terminal.script = b"b"
+    take(bench.uart, bench.clock, ("skip", 9 * MILLISECOND))  # the timeout was due at 5.17 ms
+    assert bench.irq.high and bench.source() == TIMEOUT
+    assert bench.read_all() == b"ab"
+
+
+def test_a_fifo_reset_stops_the_timeout():
+    bench = Bench(script=b"ab", fifo=0xC1, ier=0x01)
+    bench.wait(MILLISECOND)
+    bench.uart.outb(FCR, 0xC3)
+    bench.wait(50 * MILLISECOND)
+    assert not bench.irq.high and bench.irq.rises() == 0
 
 
 def test_there_is_no_timeout_without_fifos():
@@ -362,6 +382,11 @@ def test_msr_tells_what_changed_until_it_is_read():
     assert bench.irq.high and bench.source() == MODEM
     assert bench.uart.inb(MSR) == 0x33
     assert not bench.irq.high and bench.uart.inb(MSR) == 0x30
+    bench.uart.outb(MCR, 0x1B)  # and OUT2: DCD
+    assert bench.irq.high and bench.uart.inb(MSR) == 0xB8
+    assert not bench.irq.high and bench.uart.inb(MSR) == 0xB0
+    bench.uart.outb(MCR, 0x10)
+    assert bench.uart.inb(MSR) == 0x0B
 
 
 def test_the_ring_indicator_counts_when_it_ends():
