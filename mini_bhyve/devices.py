@@ -131,6 +131,7 @@ class I8259A:
         return self.lines & (self.elcr | self.edges)
 
     def set_line(self, level: int, high: bool) -> None:
+        """Drive the input `level`."""
         bit = 1 << level
         if high:
             self.edges |= bit & ~self.lines
@@ -159,20 +160,24 @@ class I8259A:
         return None
 
     def start_service(self, level: int) -> None:
+        """The first INTA pulse: `level` goes from the IRR to the ISR."""
         self.isr |= 1 << level
         self.edges &= ~(1 << level)
 
     def end_service(self, level: int, rotate: bool) -> None:
+        """End of interrupt; with rotation, `level` has the lowest priority from now on."""
         self.isr &= ~(1 << level)
         if rotate:
             self.lowest = level
 
     def read(self, a0: int) -> int:
+        """A read that is no poll."""
         if a0:
             return self.imr
         return self.isr if self.read_isr else self.irr
 
     def write(self, a0: int, value: int) -> None:
+        """A command word, told apart as drawn above."""
         if not a0:
             if value & ICW1_START:
                 self._write_icw1(value)
@@ -338,7 +343,8 @@ class Pic(Device):
 
 PIT_HZ = 1193182  # a twelfth of the 14.31818 MHz crystal
 SC_READ_BACK = 3
-RW_LATCH, RW_LSB, RW_MSB, RW_BOTH = 0, 1, 2, 3
+RW_LATCH, RW_MSB, RW_BOTH = 0, 2, 3
+BCD = 0x01  # counts are four decimal digits (1) or 16 bits (0)
 NOT_COUNT, NOT_STATUS = 0x20, 0x10
 STATUS_OUTPUT, STATUS_NULL = 0x80, 0x40
 
@@ -387,7 +393,7 @@ class Counter:
 
     @property
     def modulus(self) -> int:
-        return 10000 if self.control & 1 else 0x10000
+        return 10000 if self.control & BCD else 0x10000
 
     def _counted(self, clk: int) -> int:
         running = self.loaded and (self.gate or self.mode in (1, 5))
@@ -412,6 +418,7 @@ class Counter:
         return value % self.modulus
 
     def out(self, clk: int) -> bool:
+        """The level of OUT."""
         if not self.loaded:
             return self.mode != 0
         n = self._counted(clk)
@@ -452,6 +459,7 @@ class Counter:
         self.load_at = None
 
     def set_gate(self, gate: bool, clk: int) -> None:
+        """Drive the GATE input."""
         if gate == self.gate:
             return
         if self.mode in (0, 4):
@@ -463,6 +471,7 @@ class Counter:
             self.load_at = clk + 1
 
     def write_control(self, control: int, clk: int) -> None:
+        """The low six bits of a control word: start again, and wait for a count."""
         self._stop(clk)
         self.control = control
         self.null_count = True
@@ -473,24 +482,19 @@ class Counter:
     def write(self, byte: int, clk: int) -> None:
         """A byte for CR, as RW has it."""
         access = self.control >> 4
+        if self.mode == 0:
+            self._stop(clk)
         if access == RW_BOTH and self.first_byte is None:
             self.first_byte = byte
-            if self.mode == 0:
-                self._stop(clk)
             return
-        if access == RW_BOTH and self.first_byte is not None:
-            written = byte << 8 | self.first_byte
-            self.first_byte = None
-        else:
-            written = byte << 8 if access == RW_MSB else byte
-        if self.control & 1:
+        written = byte if access not in (RW_MSB, RW_BOTH) else byte << 8 | (self.first_byte or 0)
+        self.first_byte = None
+        if self.control & BCD:
             written = sum((written >> 4 * i & 0xF) * 10**i for i in range(4))
         self.count_register = written or self.modulus
         self.null_count = True
         if self.mode in (2, 3):
             self.count_register = max(2, self.count_register)  # a count of 1 is forbidden here
-        if self.mode == 0:
-            self._stop(clk)
         if self.mode in (0, 4) or self.mode in (2, 3) and not self.loaded:
             self.load_at = clk + 1
         elif self.mode in (2, 3) and self.gate:
@@ -499,6 +503,7 @@ class Counter:
             self.load_at = clk - n + (self._high_half if self.mode == 3 and n < self._high_half else self.count)
 
     def latch_count(self, clk: int) -> None:
+        """Keep CE as it is now for the next reads, unless they still wait for an earlier one; so with the status."""
         if self.latched_count is None:
             self.latched_count = self.value(clk)
 
@@ -513,8 +518,8 @@ class Counter:
             status, self.latched_status = self.latched_status, None
             return status
         value = self.value(clk) if self.latched_count is None else self.latched_count
-        if self.control & 1:
-            value = int(str(value), 16)  # binary-coded decimal
+        if self.control & BCD:
+            value = int(str(value), 16)
         access = self.control >> 4
         msb = self.msb_next if access == RW_BOTH else access == RW_MSB
         self.msb_next = access == RW_BOTH and not self.msb_next
@@ -537,8 +542,10 @@ class Counter:
         self.counted = state.u64(counter + ".counted", self.counted)
         self.counted_at = state.u64(counter + ".counted_at", self.counted_at)
         bytes_held = (self.first_byte or 0, self.latched_status or 0)
-        if not 0 < self.count <= 0x10000 or max(bytes_held) > 0xFF or (self.latched_count or 0) > 0xFFFF:
-            raise ValueError(f"{counter} holds more than its bits")
+        if max(bytes_held) > 0xFF or max(self.latched_count or 0, self.count - 1, self.count_register - 1) > 0xFFFF:
+            raise ValueError(f"{counter} holds more than it has bits for")
+        if self.count == 0 or self.count_register == 0 and self.load_at is not None:
+            raise ValueError(f"{counter} counts from nothing")
 
 
 class Pit(Device):

@@ -147,6 +147,8 @@ def test_a_device_saved_and_restored_by_the_snapshot_code_saves_the_same_again(d
     [
         ("vatpit", "counter0.count", 0),
         ("vatpit", "counter1.count", 0x10001),
+        ("vatpit", "counter0.load_at", 5),
+        ("vatpit", "counter0.count_register", 0x10001),
         ("vatpit", "counter2.latched_status", 0x100),
         ("vatpit", "counter2.latched_count", 0x10000),
         ("vrtc", "cells", bytes(127)),
