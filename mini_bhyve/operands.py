@@ -240,7 +240,7 @@ class FlatMemory(Memory):
 
     @classmethod
     def for_width(cls, width: int) -> type[Memory]:
-        return {8: FlatMemory8, 16: FlatMemory16, 32: FlatMemory32}.get(width, FlatMemory)
+        return {8: FlatMemory8, 16: FlatMemory16, 32: FlatMemory32, 64: FlatMemory64}.get(width, FlatMemory)
 
 
 class FlatMemory8(FlatMemory):
@@ -317,6 +317,33 @@ class FlatMemory32(FlatMemory):
             cpu.words32[(cpu.write_tlb[address >> 12] + address) >> 2] = value
         except KeyError:
             cpu.store(address, value, 32)
+
+
+class FlatMemory64(FlatMemory):
+    __slots__ = ()
+
+    @property
+    def value(self):
+        cpu = self.cpu
+        address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
+        if address & 7:
+            return cpu.load(address, 64)
+        try:
+            return cpu.words64[(cpu.read_tlb[address >> 12] + address) >> 3]
+        except KeyError:
+            return cpu.load(address, 64)
+
+    @value.setter
+    def value(self, value):
+        cpu = self.cpu
+        address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
+        if address & 7:
+            cpu.store(address, value, 64)
+            return
+        try:
+            cpu.words64[(cpu.write_tlb[address >> 12] + address) >> 3] = value
+        except KeyError:
+            cpu.store(address, value, 64)
 
 
 # --- Special registers ----------------------------------------------------------------------------------------------
