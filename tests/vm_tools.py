@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import IO, Any, Callable
 from unittest.mock import patch
 
 from mini_bhyve.config import Config
@@ -131,14 +131,15 @@ def wait_until(happened: Callable[[], Any]) -> None:
 
 
 class Vm:
-    """A VM in a process of its own, and the user who reads its console and may type. Use it in a `with`."""
+    """A VM in a process of its own, and the user who reads its console and may type. Use it in a `with`.
 
-    def __init__(self, run_dir: str, *arguments: str) -> None:
-        self.run_dir = run_dir
-        self.console = b""
-        self.errors = b""
+    `console` is what the guest has printed so far, `errors` what stood on standard error in the end.
+    """
+
+    def __init__(self, run_dir: str, *arguments: str, stdin: int | IO[bytes] = subprocess.PIPE) -> None:
+        self.console = self.errors = b""
         self.process = subprocess.Popen(
-            bhyve(run_dir, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+            bhyve(run_dir, *arguments), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
         )
         self.readers = [threading.Thread(target=read) for read in (self._read_console, self._read_errors)]
         for reader in self.readers:
@@ -161,8 +162,8 @@ class Vm:
             self.process.kill()
         self.exit_code()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
+            if stream is not None:
+                stream.close()
 
     def type(self, keys: bytes) -> None:
         assert self.process.stdin is not None
