@@ -1,46 +1,79 @@
-"""How fast the interpreter is: `make bench`.
+"""How fast this is: `make bench`.
 
-The guest `compute` (sieve, CRC-32 and sort in C, by gcc -m32 -O2) runs with paging on, and the same work is done in
-plain Python, turn by turn. Printed are million guest instructions a second, and how many times longer the guest takes
-than the Python program: the second number says more, for it depends less on the machine.
+One run measures everything, so that the figures belong together; what is compared with something else is measured in
+turns with it, and the ratio is the median of those of each turn, for a machine has its moods. The table says beside a
+figure what it should be. All numbers, with every single measurement, go to results.json beside this file.
 
-Of each the best turn counts. What disturbs a measurement only ever makes it longer.
+    speed       the guest `compute` (a sieve, a CRC and a sort in C, by gcc -m32 -O2), with paging on, against the same
+                work in plain Python (by_hand.py), which must come to the same result
+    answers     how long `status` takes to be answered while the guest computes without a pause
+    start-up    from starting the process to the first byte that `counter` prints, against a Python that only imports
+                capstone before it prints one
 """
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import Any, NoReturn
 
 import by_hand
+from rich.console import Console
+from rich.table import Table
 
 from mini_bhyve.config import Config
-from mini_bhyve.console import open_console
+from mini_bhyve.console import ScriptedConsole
+from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode, is_alive, send_message
 from mini_bhyve.machine import ExitCode, Machine
 
-TURNS = 3
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).with_name("results.json")
+
+SPEED_TURNS = 5
+REQUESTS = 500
+START_TURNS = 9
+
+# What the figures should be at most. The ratio is CPython's: PyPy's compiler does so well on plain Python that there is
+# no comparing with it.
+MAX_SPEED_RATIO = 35 if platform.python_implementation() == "CPython" else None
+MAX_MEDIAN_MS, MAX_99TH_MS, MAX_START_RATIO = 20, 50, 3
+
+# Guests that never pause, as boot sectors (16-bit code), and where they loop.
+BUSY_GUESTS = {
+    "adding and jumping": "01c0 01c3 40 ebf9",  # add ax, ax; add bx, ax; inc ax; jmp to the first of these
+    "searching memory": "31ff b9ffff 40 f2af ebf8",  # xor di, di; mov cx, -1; inc ax; repne scasw; jmp to the second
+}
+
+
+def give_up(sentence: str) -> NoReturn:
+    sys.exit(f"bench: {sentence}")
+
+
+# --- Speed ------------------------------------------------------------------------------------------------------------
 
 
 def run_guest() -> tuple[int, int, float]:
-    """The number the guest found, how many instructions that took it, and how many seconds it took us."""
-    with tempfile.NamedTemporaryFile() as serial_line:
-        config = Config()
-        for name, value in (("guest", "compute"), ("clock", "virtual"), ("lpc.com1.path", serial_line.name)):
-            config.set(name, value)
-        with open_console(serial_line.name) as console:
-            machine = Machine(config, console)
-            machine.load()
-            start = time.perf_counter()
-            exit_code = machine.run()
-            seconds = time.perf_counter() - start
-        if exit_code is not ExitCode.HALT:
-            sys.exit(f"bench: the guest should have halted: {machine.reason}")
-        label, _, number = serial_line.read().decode().partition(": ")
-        if label != "compute":
-            sys.exit(f"bench: the guest should have printed its result, not {label!r}")
-        return int(number, 16), machine.cpu.instructions, seconds
+    """The number that the guest `compute` finds, how many instructions that takes, and how many seconds."""
+    config = Config()
+    config.set("guest", "compute")
+    config.set("clock", "virtual")
+    console = ScriptedConsole()
+    machine = Machine(config, console)
+    machine.load()
+    start = time.perf_counter()
+    exit_code = machine.run()
+    seconds = time.perf_counter() - start
+    label, _, number = console.output.decode().partition(": ")
+    if exit_code is not ExitCode.HALT or label != "compute":
+        give_up(f"the guest should have printed its result and halted; it printed {label!r}, and: {machine.reason}")
+    return int(number, 16), machine.cpu.instructions, seconds
 
 
 def run_by_hand() -> tuple[int, float]:
@@ -50,22 +83,140 @@ def run_by_hand() -> tuple[int, float]:
     return number, time.perf_counter() - start
 
 
-def main() -> None:
-    guest_times, hand_times = [], []
-    for _ in range(TURNS):
+def measure_speed() -> dict[str, Any]:
+    """The guest and the work by hand, in turns."""
+    guest, hand = [], []
+    for _ in range(SPEED_TURNS):
         number, instructions, seconds = run_guest()
-        guest_times.append(seconds)
+        guest.append(seconds)
         expected, seconds = run_by_hand()
-        hand_times.append(seconds)
+        hand.append(seconds)
         if number != expected:
-            sys.exit(f"bench: the guest found {number:08x}, plain Python {expected:08x}")
-    guest, hand = min(guest_times), min(hand_times)
-    print(f"{platform.python_implementation()} {platform.python_version()}, best of {TURNS} turns")
-    print(f"guest      {guest:8.3f} s for {instructions:,} instructions")
-    print(f"speed      {instructions / guest / 1e6:8.2f} million instructions a second")
-    print(f"by hand    {hand:8.3f} s in plain Python, with the same result {number:08x}")
-    print(f"ratio      {guest / hand:8.1f}")
+            give_up(f"the guest found {number:08x}, but plain Python {expected:08x}")
+    return {
+        "instructions": instructions,
+        "guest_seconds": guest,
+        "by_hand_seconds": hand,
+        "million_instructions_a_second": instructions / min(guest) / 1e6,
+        "ratio_median": statistics.median(g / h for g, h in zip(guest, hand)),
+        "ratio_of_the_best": min(guest) / min(hand),
+    }
+
+
+# --- Answers of a busy VM ---------------------------------------------------------------------------------------------
+
+
+def measure_answers(name: str, code: str) -> dict[str, Any]:
+    """How long a VM in a process of its own takes to answer, in ms, while its guest runs one of the BUSY_GUESTS."""
+    with tempfile.TemporaryDirectory(prefix="mb") as directory:
+        image = Path(directory, "guest.img")
+        image.write_bytes(bytes.fromhex(code).ljust(510, b"\0") + b"\x55\xaa")
+        path = os.path.join(directory, "vm")
+        command = [sys.executable, "-m", "mini_bhyve", "-o", f"rundir={directory}", "--kernel", str(image), "vm"]
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as vm:
+            try:
+                while not is_alive(path):
+                    if vm.poll() is not None:
+                        give_up(f"the VM that should be busy {name} ended with exit code {vm.returncode}")
+                    time.sleep(0.01)
+                milliseconds, executed = [], []
+                for number in range(REQUESTS):
+                    time.sleep(number % 7 / 1000)  # not in step with anything that the VM does
+                    start = time.perf_counter()
+                    answer = send_message(path, IpcMessage(code=IpcOpcode.STATUS))
+                    milliseconds.append((time.perf_counter() - start) * 1000)
+                    executed.append(answer["instructions"])
+            finally:
+                vm.kill()
+    if executed[0] >= executed[-1]:
+        give_up("the guest should have computed all the while")
+    return {
+        "milliseconds": milliseconds,
+        "median_ms": statistics.median(milliseconds),
+        "99th_ms": statistics.quantiles(milliseconds, n=100)[98],
+    }
+
+
+# --- Start-up ---------------------------------------------------------------------------------------------------------
+
+
+def seconds_to_first_byte(arguments: list[str]) -> float:
+    """From the start of a Python with these arguments to the first byte on its standard output."""
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        if not os.read(process.stdout.fileno(), 1):
+            give_up(f"{' '.join(arguments)} should have printed something")
+        seconds = time.perf_counter() - start
+        process.kill()
+    return seconds
+
+
+def measure_start() -> dict[str, Any]:
+    """The VM and a Python that only imports capstone, in turns."""
+    vm, python = [], []
+    with tempfile.TemporaryDirectory(prefix="mb") as directory:
+        for _ in range(START_TURNS):
+            vm.append(seconds_to_first_byte(["-m", "mini_bhyve", "-o", f"rundir={directory}", "-o", "guest=counter"]))
+            python.append(seconds_to_first_byte(["-c", "import capstone; print('ready', flush=True)"]))
+    return {
+        "vm_seconds": vm,
+        "python_seconds": python,
+        "ratio_median": statistics.median(v / p for v, p in zip(vm, python)),
+    }
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def make_table(results: dict[str, Any]) -> Table:
+    table = Table("measured", "figure", "should be", title=f"mini-bhyve on {results['python']}", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def row(measured: str, figure: float, unit: str, digits: int, limit: float | None = None) -> None:
+        text = f"{figure:.{digits}f} {unit}".rstrip()
+        if limit is None:
+            table.add_row(measured, text, "")
+        else:
+            table.add_row(measured, text, f"at most {limit:g}", style="green" if figure <= limit else "red")
+
+    speed, start = results["speed"], results["start"]
+    row("compute, interpreted: million instructions a second", speed["million_instructions_a_second"], "", 2)
+    row(f"    {speed['instructions']:,} instructions, best of {SPEED_TURNS}", min(speed["guest_seconds"]), "s", 3)
+    row("the same work by hand in Python, best", min(speed["by_hand_seconds"]), "s", 3)
+    row("guest / by hand, median", speed["ratio_median"], "", 1, MAX_SPEED_RATIO)
+    row("guest / by hand, best / best", speed["ratio_of_the_best"], "", 1)
+    for name, answers in results["answers"].items():
+        table.add_section()
+        row(f"status of a guest busy {name}, median", answers["median_ms"], "ms", 1, MAX_MEDIAN_MS)
+        row("    99th percentile", answers["99th_ms"], "ms", 1, MAX_99TH_MS)
+    table.add_section()
+    row("start to counter's first byte, best", min(start["vm_seconds"]), "s", 3)
+    row("Python that imports capstone, best", min(start["python_seconds"]), "s", 3)
+    row("start-up / that, median", start["ratio_median"], "", 2, MAX_START_RATIO)
+    return table
+
+
+def main() -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console.print("Measuring; this takes less than a minute ...")
+    implementation = f"{platform.python_implementation()} {platform.python_version()}"
+    results = {
+        "python": f"{implementation}, {platform.system()} {platform.machine()}",
+        "speed": measure_speed(),
+        "answers": {name: measure_answers(name, code) for name, code in BUSY_GUESTS.items()},
+        "start": measure_start(),
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(make_table(results))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except IpcError as error:
+        give_up(str(error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
+import runpy
 import sys
 import threading
 from contextlib import closing
@@ -15,7 +16,7 @@ from contextlib import closing
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vm_tools import assert_same_state, boot, restore, run_to, single_step, wait_until
+from vm_tools import ROOT, assert_same_state, boot, restore, run_to, single_step, wait_until
 
 from mini_bhyve import ipc
 from mini_bhyve.machine import ExitCode, Machine
@@ -57,6 +58,13 @@ def test_the_guests_come_as_far_as_they_should():
     assert undisturbed("long64").console.output.endswith(b"long64: halted\r\n")
     assert undisturbed("shell").exit_code == undisturbed("long64").exit_code == ExitCode.HALT
     assert undisturbed("compute").cpu.retired == LENGTH["compute"]
+
+
+def test_the_guest_that_computes_finds_what_plain_python_finds():
+    by_hand = runpy.run_path(str(ROOT / "bench" / "by_hand.py"))
+    machine = boot("compute")
+    run_to(machine)
+    assert machine.console.output == b"compute: %08x\r\n" % by_hand["compute"](by_hand["ROUNDS"])
 
 
 def assert_same_run(machine: Machine, guest: str) -> None:
