@@ -7,7 +7,7 @@ they are decoded in `decode.py`, interrupts in `interrupts.py`, segments in `seg
 
     run() --> find_block() --> for each step: definition(cpu, operands ...)
                  |                                 |
-              fetch, decode                operand.read() / .write() --> load() / store() --> TLB --> RAM
+              fetch, decode                  operand.value --> load() / store() --> TLB --> RAM
 """
 
 from __future__ import annotations
