@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import random
 import runpy
-import sys
 import threading
 from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vm_tools import ROOT, assert_same_state, boot, restore, run_to, single_step, wait_until
+from vm_tools import PATIENCE, ROOT, assert_same_state, boot, restore, run_to, single_step, wait_until
 
 from mini_bhyve import ipc
 from mini_bhyve.machine import ExitCode, Machine
@@ -33,8 +32,8 @@ TYPED = {
     b"usef\x7fr\n\x1b\n" + PAUSE + b"nothing\nuptime\n" + PAUSE + b"halt\n"
 }  # fmt: skip
 
-# How many instructions to look at, of a guest that does not end by itself or would take too long.
-LENGTH = {"counter": 8000, "compute": 200_000}
+# How many instructions to look at. The shell and long64 have halted by then.
+LENGTH = {"counter": 8000, "shell": 100_000, "long64": 100_000, "compute": 200_000}
 
 
 def live(guest: str) -> Machine:
@@ -45,7 +44,7 @@ def live(guest: str) -> Machine:
 
 
 def run_to_the_end(machine: Machine, guest: str) -> None:
-    run_to(machine, LENGTH.get(guest, sys.maxsize))
+    run_to(machine, LENGTH[guest])
 
 
 undisturbed = functools.cache(live)  # to compare others with; not to be run on
@@ -163,7 +162,7 @@ def test_a_run_taken_in_pieces_of_any_length_is_the_same(lengths):
 
 def test_a_run_that_is_paused_looked_at_and_saved_all_the_time_is_the_same(run_dir, tmp_path):
     machine = boot("shell", TYPED["shell"])
-    vcpu = threading.Thread(target=machine.run)
+    vcpu = threading.Thread(target=machine.run, daemon=True)
     rounds = 0
     with closing(ipc.init_ipc("vm", run_dir, machine.commands())) as server:
 
@@ -173,7 +172,7 @@ def test_a_run_that_is_paused_looked_at_and_saved_all_the_time_is_the_same(run_d
         machine.pause_command(ipc.IpcMessage())
         vcpu.start()
         wait_until(lambda: machine.pause.vcpus_active)
-        while machine.exit_code is None:
+        while machine.exit_code is None and rounds < 1000:
             # Paused by the user, a VM can be looked at and saved, and stands still meanwhile.
             before = ask(ipc.IpcOpcode.STATUS)
             ipc.snapshot_request(server.path, str(tmp_path / "vm.ckp"), ipc.IpcOpcode.START_CHECKPOINT)
@@ -184,6 +183,6 @@ def test_a_run_that_is_paused_looked_at_and_saved_all_the_time_is_the_same(run_d
             ipc.snapshot_request(server.path, str(tmp_path / "vm.ckp"), ipc.IpcOpcode.START_CHECKPOINT)
             ask(ipc.IpcOpcode.PAUSE)
             rounds += 1
-        vcpu.join()
+        vcpu.join(PATIENCE)
     assert rounds > 1
     assert_same_run(machine, "shell")
