@@ -20,6 +20,7 @@ from review_client import compile_review_client
 from vm_tools import Vm, boot, ctl, run_bhyve, run_to, wait_until
 
 from mini_bhyve import ipc
+from mini_bhyve.snapshot import vm_checkpoint
 
 REBOOT, POWEROFF, HALT, TRIPLE_FAULT, ERROR, SUSPENDED = range(6)
 
@@ -51,8 +52,8 @@ def assert_counts(console: bytes) -> None:
 def test_a_vm_lives_through_three_suspensions_and_counts_on_without_a_gap(run_dir, tmp_path):
     console = b""
     arguments = ["-m", "2", "life"]
-    for generation in range(3):
-        with Vm(run_dir, *arguments) as vm:
+    for generation, clock in enumerate(["clock=virtual", "clock=wall", "clock=virtual"]):
+        with Vm(run_dir, "-o", clock, *arguments) as vm:
             wait_until(lambda: vm.console.count(b"\n") > 5)
             suspended = ctl(run_dir, "suspend", "life", f"life{generation}", cwd=tmp_path)
             assert suspended.returncode == 0, suspended.stderr
@@ -109,14 +110,8 @@ def snapshot(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("snapshot") / "vm.ckp"
     machine = boot("counter")
     run_to(machine, 6000)
-    machine.checkpoint(message_with(str(path)), stop_vm=True)
+    vm_checkpoint(machine, str(path), stop_vm=True)
     return path
-
-
-def message_with(filename: str) -> ipc.IpcMessage:
-    message = ipc.IpcMessage()
-    message.data.op.snapshot_filename = filename.encode()
-    return message
 
 
 def flip_a_bit(path: Path) -> None:
