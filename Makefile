@@ -37,7 +37,7 @@ lint: $(VENV)/.installed-lint  ## check style, types, and who imports whom
 	$(VENV)/bin/lint-imports --no-logo
 
 clean:  ## remove everything made here, the virtual environments too
-	rm -rf .venv .venv-* docs/_build guests/build build *.egg-info
+	rm -rf .venv .venv-* docs/_build guests/build bench/results.json build *.egg-info
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
