@@ -4,9 +4,10 @@ but CMPXCHG, CMPXCHG8B and XADD.
 
 from __future__ import annotations
 
+from mini_bhyve.faults import general_protection
 from mini_bhyve.flags import ADD, CONDITIONS, EXPLICIT, SUB, ZF, arithmetic_flags
 from mini_bhyve.instructions.definition import choose, instruction, sign_extend
-from mini_bhyve.operands import RAX, RBP, RBX, RCX, RDX, RSP, Memory, SegmentRegister
+from mini_bhyve.operands import RAX, RBP, RBX, RCX, RDX, RSP, Memory, SegmentRegister, general_register
 from mini_bhyve.segmentation import SS_
 
 
@@ -200,26 +201,17 @@ def leave(cpu, encoding):
 # --- Conversion of the accumulator ----------------------------------------------------------------------------------
 
 
-def _define_widening(name, from_width, to_width):
-    @instruction(name)
-    def widen(cpu):
-        """CBW, CWDE, CDQE: the accumulator's lower half, sign-extended into all of it."""
-        value = cpu.regs[RAX].value & (1 << from_width) - 1
-        keep = cpu.regs[RAX].value & ~0xFFFF if to_width == 16 else 0
-        cpu.regs[RAX].value = keep | sign_extend(value, from_width, to_width)
+@instruction("cbw", "cwde", "cdqe", encoded=True)
+def cbw(cpu, encoding):
+    """CBW, CWDE, CDQE: the accumulator's lower half, sign-extended into all of it."""
+    width = encoding.operand_width
+    value = sign_extend(cpu.accumulator(width // 2).value, width // 2, width)
+    cpu.accumulator(width).value = value
 
 
-def _define_sign_copy(name, width):
-    @instruction(name)
-    def copy_sign(cpu):
-        """CWD, CDQ, CQO: the accumulator's sign into every bit of DX, EDX or RDX."""
-        mask = (1 << width) - 1
-        signs = mask * (cpu.regs[RAX].value >> (width - 1) & 1)
-        keep = cpu.regs[RDX].value & ~0xFFFF if width == 16 else 0
-        cpu.regs[RDX].value = keep | signs
-
-
-for _name, _from, _to in (("cbw", 8, 16), ("cwde", 16, 32), ("cdqe", 32, 64)):
-    _define_widening(_name, _from, _to)
-for _name, _width in (("cwd", 16), ("cdq", 32), ("cqo", 64)):
-    _define_sign_copy(_name, _width)
+@instruction("cwd", "cdq", "cqo", encoded=True)
+def cwd(cpu, encoding):
+    """CWD, CDQ, CQO: the accumulator's sign into every bit of DX, EDX or RDX."""
+    width = encoding.operand_width
+    signs = ((1 << width) - 1) * (cpu.accumulator(width).value >> (width - 1))
+    general_register(cpu.regs[RDX], width).value = signs
