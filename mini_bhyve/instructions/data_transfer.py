@@ -93,22 +93,28 @@ def cmpxchg(cpu, dst, src):
     cpu.flags = (SUB, expected, old, (expected - old) & dst.mask, dst.width)
 
 
-@instruction("cmpxchg8b", "cmpxchg16b", data_decides=True)
-def cmpxchg8b(cpu, dst):
-    """CMPXCHG8B and 16B: as CMPXCHG, for a pair of registers: EDX:EAX against memory, ECX:EBX the new value."""
-    half = 32 if dst.width == 64 else 64
-    mask = (1 << half) - 1
-    low, high = dst.at(0, half), dst.at(half // 8, half)
-    regs = cpu.regs
-    old_low, old_high = low.value, high.value
-    equal = (old_low, old_high) == (regs[RAX].value & mask, regs[RDX].value & mask)
-    # Memory is written either way: first the half that a page boundary may put out of reach.
-    high.value = regs[RCX].value & mask if equal else old_high
-    low.value = regs[RBX].value & mask if equal else old_low
-    if not equal:
-        regs[RAX].value, regs[RDX].value = old_low, old_high
-    flags = arithmetic_flags(cpu.flags) & ~ZF | (ZF if equal else 0)
-    cpu.flags = (EXPLICIT, flags, 0, 0, 32)
+def _define_cmpxchg_pair(name, width):
+    @instruction(name, data_decides=True, lockable=True)
+    def cmpxchg_pair(cpu, dst):
+        """CMPXCHG8B, 16B: as CMPXCHG, for a pair of registers: EDX:EAX against memory, ECX:EBX the new value."""
+        mask = (1 << width) - 1
+        if width == 64 and (cpu.segment_base(dst.segment) + dst.address()) & 0xF:
+            raise general_protection()  # 16 bytes must be aligned
+        low, high = dst.at(0, width), dst.at(width // 8, width)
+        regs = cpu.regs
+        old_low, old_high = low.value, high.value
+        equal = (old_low, old_high) == (regs[RAX].value & mask, regs[RDX].value & mask)
+        # Memory is written either way: first the half that a page boundary may put out of reach.
+        high.value = regs[RCX].value & mask if equal else old_high
+        low.value = regs[RBX].value & mask if equal else old_low
+        if not equal:
+            regs[RAX].value, regs[RDX].value = old_low, old_high
+        flags = arithmetic_flags(cpu.flags) & ~ZF | (ZF if equal else 0)
+        cpu.flags = (EXPLICIT, flags, 0, 0, 32)
+
+
+_define_cmpxchg_pair("cmpxchg8b", 32)
+_define_cmpxchg_pair("cmpxchg16b", 64)
 
 
 # --- The stack ------------------------------------------------------------------------------------------------------
