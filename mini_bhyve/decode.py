@@ -76,22 +76,64 @@ _SEGMENTS = {
     x86.X86_REG_ES: ES, x86.X86_REG_CS: CS, x86.X86_REG_SS: SS_,
     x86.X86_REG_DS: DS, x86.X86_REG_FS: FS, x86.X86_REG_GS: GS,
 }  # fmt: skip
-_CONTROL = {getattr(x86, f"X86_REG_CR{_n}"): _n for _n in range(16)}
+_CONTROL = {getattr(x86, f"X86_REG_CR{_n}"): _n for _n in range(16) if _n != 8}  # CR8, the task priority: not yet
 _DEBUG = {getattr(x86, f"X86_REG_DR{_n}"): _n for _n in range(16)}
 _IP = (x86.X86_REG_RIP, x86.X86_REG_EIP)
 _NO_REGISTER = (x86.X86_REG_INVALID, x86.X86_REG_EIZ, x86.X86_REG_RIZ)
 _CAPSTONE_MODES = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
 
 _SEGMENT_PREFIXES = {0x26: ES, 0x2E: CS, 0x36: SS_, 0x3E: DS, 0x64: FS, 0x65: GS}
+_LOCK, _REPNE, _REP, _OPERAND_SIZE, _ADDRESS_SIZE = 0xF0, 0xF2, 0xF3, 0x66, 0x67
+_REX, _REX_W = 4, 8  # the upper half of the byte, in 64-bit mode, and a bit of the lower: 64-bit operands
+_IDLE = 0x3E  # a prefix that means nothing in 64-bit mode
 # Opcode FF with these in ModRM's reg field.
 _FAR_THROUGH_MEMORY = {3: x86.X86_INS_LCALL, 5: x86.X86_INS_LJMP}
+
+
+def _numbers(names: str) -> set[int]:
+    return {getattr(x86, f"X86_INS_{name.upper()}") for name in names.split()}
+
+
 # Their constant is where they jump to, not a value.
-_RELATIVE = {
-    getattr(x86, f"X86_INS_{_name.upper()}")
-    for _name in (
-        "jmp call loop loope loopne jo jno jb jae je jne jbe ja js jns jp jnp jl jge jle jg jcxz jecxz jrcxz".split()
-    )
-}
+_RELATIVE = _numbers(
+    "jmp call loop loope loopne jo jno jb jae je jne jbe ja js jns jp jnp jl jge jle jg jcxz jecxz jrcxz"
+)
+_NEAR_BRANCHES = _RELATIVE | _numbers("ret")
+# Their memory operand is of the operand size, or a byte. capstone thinks otherwise behind an idle F2 or F3.
+_OPERAND_SIZED = _numbers(
+    "cmovo cmovno cmovb cmovae cmove cmovne cmovbe cmova cmovs cmovns cmovp cmovnp cmovl cmovge cmovle cmovg "
+    "bt bts btr btc bsf bsr lzcnt tzcnt shld shrd imul cmpxchg xadd"
+)
+
+
+class Prefixes(NamedTuple):
+    """The prefixes of an instruction, but for REX (SDM vol. 2A, 2.1.1); of two of a kind the last one counts."""
+
+    lock: bool
+    repeat: str  # "", "rep" (also REPE) or "repne"
+    segment: int | None  # the override, if there is one
+    operand_size: bool
+    address_size: bool
+
+
+def read_prefixes(code: bytes, mode: Mode) -> Prefixes:
+    """The prefixes at the beginning of an instruction. (capstone forgets some where it sees no use for them.)"""
+    lock = operand_size = address_size = False
+    repeat, segment = "", None
+    for byte in code:
+        if byte in _SEGMENT_PREFIXES:
+            segment = _SEGMENT_PREFIXES[byte]
+        elif byte == _REP or byte == _REPNE:
+            repeat = "rep" if byte == _REP else "repne"
+        elif byte == _OPERAND_SIZE:
+            operand_size = True
+        elif byte == _ADDRESS_SIZE:
+            address_size = True
+        elif byte == _LOCK:
+            lock = True
+        elif mode.code_size != 64 or byte >> 4 != _REX:
+            break
+    return Prefixes(lock, repeat, segment, operand_size, address_size)
 
 
 class Decoder:
@@ -118,7 +160,7 @@ class Decoder:
         ends_block = False
         while offset < len(code) and len(steps) < longest and not ends_block:
             window = code[offset : offset + MAX_INSTRUCTION]
-            insn = next(self.disassemblers[mode.code_size].disasm(window, ip + offset, 1), None)
+            insn = self.disassemble(window, ip + offset, mode)
             ips.append(_wrap(ip + offset, mode))
             if insn is not None:
                 step, ends_block = self.step(insn, mode)
@@ -132,16 +174,32 @@ class Decoder:
             steps.append(step)
         return (steps, tuple(ips), offset) if steps else None
 
+    def disassemble(self, window: bytes, ip: int, mode: Mode) -> capstone.CsInsn | None:
+        """The first instruction in `window` as capstone sees it; None if there is none."""
+        machine = self.disassemblers[mode.code_size]
+        insn = next(machine.disasm(window, ip, 1), None)
+        if insn is not None and mode.code_size == 64 and insn.rex & _REX_W and insn.prefix[2]:
+            # REX.W makes a 66 idle (SDM vol. 2A, 2.2.1.2), and not every operand that capstone finds agrees. So let it
+            # look again, with an idle segment override instead.
+            idle = insn.prefix[1] or _IDLE
+            length = window.index(insn.rex)
+            again = window[:length].replace(bytes([_OPERAND_SIZE]), bytes([idle])) + window[length:]
+            insn = next(machine.disasm(again, ip, 1), insn)
+        return insn
+
     def step(self, insn: capstone.CsInsn, mode: Mode) -> tuple[Step, bool]:
         """One instruction: what to call, with what, and whether the block ends with it."""
-        encoding = encode(insn, mode)
         number = insn.id
         # capstone tells a far jump or call through memory from a near one only in some operand sizes.
         if insn.opcode[0] == 0xFF:
             number = _FAR_THROUGH_MEMORY.get(insn.modrm >> 3 & 7, number)
+        prefixes = read_prefixes(insn.bytes, mode)
+        encoding = encode(insn, number, prefixes, mode)
         definition = DEFINITIONS.get(number)
         if definition is None or not all(map(_known, insn.operands)):
             return (_unsupported, (self.cpu, insn.bytes, describe(insn)), encoding.next_ip), True
+        if prefixes.lock and not (definition.lockable and _writes_memory(insn)):
+            return (_undefined, (), encoding.next_ip), True
         try:
             operands = self.operands(insn, number, encoding, mode)
         except GuestFault:  # there is no such register
@@ -158,9 +216,13 @@ class Decoder:
             if operand.type == x86.X86_OP_REG:
                 found.append(self.register(operand.reg, mode))
             elif operand.type == x86.X86_OP_MEM:
-                found.append(self.memory(operand, encoding, mode))
+                width = operand.size * 8 if operand.size * 8 in op.MASKS else encoding.operand_width
+                if number in _OPERAND_SIZED and width != 8:
+                    width = encoding.operand_width
+                found.append(self.memory(operand, width, encoding, mode))
             elif number in _RELATIVE:
-                found.append(op.Immediate(operand.imm, 64 if mode.code_size == 64 else encoding.operand_width))
+                distance = int.from_bytes(insn.bytes[-insn.imm_size :], "little", signed=True)
+                found.append(op.Immediate(encoding.next_ip + distance, encoding.operand_width))
             elif number == x86.X86_INS_PUSH:
                 found.append(op.Immediate(operand.imm, encoding.stack_width))
             else:
@@ -183,7 +245,7 @@ class Decoder:
             return op.ControlRegister(self.cpu, _CONTROL[number], width)
         return op.DebugRegister(self.cpu, _DEBUG[number], width)
 
-    def memory(self, operand: Any, encoding: Encoding, mode: Mode) -> op.Memory:
+    def memory(self, operand: Any, width: int, encoding: Encoding, mode: Mode) -> op.Memory:
         """A memory operand, of the quickest kind that the mode allows."""
         where = operand.mem
         displacement, base = where.disp, where.base
@@ -195,7 +257,6 @@ class Decoder:
             segment = _SEGMENTS[where.segment]
         else:
             segment = SS_ if base_index in (op.RSP, op.RBP) else DS
-        width = operand.size * 8 if operand.size * 8 in op.MASKS else encoding.operand_width
         # In 64-bit mode all segments but FS and GS are flat by decree (SDM vol. 3A, 3.4.4).
         flat = segment not in (FS, GS) if mode.code_size == 64 else mode.flat and segment in (ES, SS_, DS)
         kind = op.FlatMemory.for_width(width) if flat else op.SegmentedMemory
@@ -205,26 +266,26 @@ class Decoder:
         )  # fmt: skip
 
 
-def encode(insn: capstone.CsInsn, mode: Mode) -> Encoding:
+def encode(insn: capstone.CsInsn, number: int, prefixes: Prefixes, mode: Mode) -> Encoding:
     """What prefixes and mode together say of an instruction (SDM vol. 2A, 2.1.1 and 2.2.1; vol. 1, 3.6)."""
-    if mode.code_size == 64 and insn.rex & 8:
-        operand_width = 64
-    elif mode.code_size == 16:
-        operand_width = 32 if insn.prefix[2] else 16
+    if mode.code_size == 64:
+        # A near branch is 64 bits wide whatever its prefixes say (vol. 2A, CALL and JMP; AMD's heed the 66).
+        wide = insn.rex & _REX_W or number in _NEAR_BRANCHES
+        operand_width = 64 if wide else 16 if prefixes.operand_size else 32
+        address_width = 32 if prefixes.address_size else 64
+        segment = prefixes.segment if prefixes.segment in (FS, GS) else None
     else:
-        operand_width = 16 if insn.prefix[2] else 32
-    repeat = {0xF3: "rep", 0xF2: "repne"}.get(insn.prefix[0], "")
-    segment = _SEGMENT_PREFIXES.get(insn.prefix[1], DS)
-    if mode.code_size == 64 and segment not in (FS, GS):
-        segment = DS
+        operand_width = 16 if prefixes.operand_size == (mode.code_size == 32) else 32
+        address_width = 16 if prefixes.address_size == (mode.code_size == 32) else 32
+        segment = prefixes.segment
     return Encoding(
         ip=_wrap(insn.address, mode),
         next_ip=_wrap(insn.address + insn.size, mode),
         operand_width=operand_width,
         stack_width=64 if mode.code_size == 64 and operand_width != 16 else operand_width,
-        address_width=insn.addr_size * 8,
-        segment=segment,
-        repeat=repeat,
+        address_width=address_width,
+        segment=DS if segment is None else segment,
+        repeat=prefixes.repeat,
     )
 
 
@@ -243,6 +304,11 @@ def _known(operand: Any) -> bool:
         return True
     kinds = (_GPR, _HIGH_BYTES, _SEGMENTS, _CONTROL, _DEBUG)
     return any(operand.reg in kind for kind in kinds)
+
+
+def _writes_memory(insn: capstone.CsInsn) -> bool:
+    """Whether the destination, which is the first operand, is in memory."""
+    return insn.operands[0].type == x86.X86_OP_MEM
 
 
 # --- Steps for what cannot be run: they act only if the guest gets there --------------------------------------------

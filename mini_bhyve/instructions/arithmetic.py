@@ -8,7 +8,7 @@ from mini_bhyve.instructions.definition import instruction, signed
 from mini_bhyve.operands import RAX, RDX
 
 
-@instruction("add")
+@instruction("add", lockable=True)
 def add(cpu, dst, src):
     a, b = dst.value, src.value
     result = (a + b) & dst.mask
@@ -16,7 +16,7 @@ def add(cpu, dst, src):
     cpu.flags = (ADD, a, b, result, dst.width)
 
 
-@instruction("adc")
+@instruction("adc", lockable=True)
 def adc(cpu, dst, src):
     a, b = dst.value, src.value
     result = (a + b + carry(cpu.flags)) & dst.mask
@@ -24,7 +24,7 @@ def adc(cpu, dst, src):
     cpu.flags = (ADC, a, b, result, dst.width)
 
 
-@instruction("sub")
+@instruction("sub", lockable=True)
 def sub(cpu, dst, src):
     a, b = dst.value, src.value
     result = (a - b) & dst.mask
@@ -32,7 +32,7 @@ def sub(cpu, dst, src):
     cpu.flags = (SUB, a, b, result, dst.width)
 
 
-@instruction("sbb")
+@instruction("sbb", lockable=True)
 def sbb(cpu, dst, src):
     a, b = dst.value, src.value
     result = (a - b - carry(cpu.flags)) & dst.mask
@@ -47,7 +47,7 @@ def cmp(cpu, dst, src):
     cpu.flags = (SUB, a, b, (a - b) & dst.mask, dst.width)
 
 
-@instruction("inc")
+@instruction("inc", lockable=True)
 def inc(cpu, dst):
     """INC leaves the carry flag alone, so that a loop can count while it adds long numbers."""
     result = (dst.value + 1) & dst.mask
@@ -55,14 +55,14 @@ def inc(cpu, dst):
     cpu.flags = (INC, carry(cpu.flags), 0, result, dst.width)
 
 
-@instruction("dec")
+@instruction("dec", lockable=True)
 def dec(cpu, dst):
     result = (dst.value - 1) & dst.mask
     dst.value = result
     cpu.flags = (DEC, carry(cpu.flags), 0, result, dst.width)
 
 
-@instruction("neg")
+@instruction("neg", lockable=True)
 def neg(cpu, dst):
     """NEG is a subtraction from zero."""
     b = dst.value

@@ -45,7 +45,7 @@ def bt(cpu, dst, src):
 
 
 def _define_bit_change(name, change):
-    @instruction(name)
+    @instruction(name, lockable=True)
     def change_bit(cpu, dst, src):
         """BTS, BTR, BTC: as BT, then set, reset or complement the bit."""
         bit, place = _bit_and_place(dst, src)

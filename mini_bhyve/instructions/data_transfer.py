@@ -39,7 +39,7 @@ for _name, _condition in CONDITIONS.items():
     _define_cmov(_name, _condition)
 
 
-@instruction("xchg")
+@instruction("xchg", lockable=True)
 def xchg(cpu, dst, src):
     a, b = dst.value, src.value
     if isinstance(src, Memory):  # the operand that may fault is written first
@@ -63,7 +63,7 @@ def bswap(cpu, dst):
     dst.value = result
 
 
-@instruction("xadd")
+@instruction("xadd", lockable=True)
 def xadd(cpu, dst, src):
     a, b = dst.value, src.value
     result = (a + b) & dst.mask
@@ -76,7 +76,7 @@ def xadd(cpu, dst, src):
     cpu.flags = (ADD, a, b, result, dst.width)
 
 
-@instruction("cmpxchg", data_decides=True)
+@instruction("cmpxchg", data_decides=True, lockable=True)
 def cmpxchg(cpu, dst, src):
     """CMPXCHG: if the accumulator equals the destination, store the source there, else load the accumulator from it.
 

@@ -46,6 +46,7 @@ class Definition(NamedTuple):
     encoded: bool  # takes the Encoding as its second argument
     ends_block: bool  # nothing may be assumed of the next instruction: a jump, or a change of mode or of interrupts
     data_decides: bool  # looks at guest values with Python's `if`
+    lockable: bool  # may have a LOCK prefix, if its destination is memory
 
 
 # capstone's instruction number -> Definition
@@ -53,7 +54,7 @@ DEFINITIONS: dict[int, Definition] = {}
 
 
 def instruction(
-    *names: str, encoded: bool = False, ends_block: bool = False, data_decides: bool = False
+    *names: str, encoded: bool = False, ends_block: bool = False, data_decides: bool = False, lockable: bool = False
 ) -> Callable[[Callable], Callable]:
     """Enter the function into the table under each of capstone's `names` for it."""
 
@@ -61,7 +62,7 @@ def instruction(
         for name in names:
             number = getattr(x86_const, f"X86_INS_{name.upper()}")
             assert number not in DEFINITIONS, f"{name} is defined twice"
-            DEFINITIONS[number] = Definition(function, encoded, ends_block, data_decides)
+            DEFINITIONS[number] = Definition(function, encoded, ends_block, data_decides, lockable)
         return function
 
     return enter

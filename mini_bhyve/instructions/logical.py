@@ -6,28 +6,28 @@ from mini_bhyve.flags import LOGIC
 from mini_bhyve.instructions.definition import instruction
 
 
-@instruction("and")
+@instruction("and", lockable=True)
 def and_(cpu, dst, src):
     result = dst.value & src.value
     dst.value = result
     cpu.flags = (LOGIC, 0, 0, result, dst.width)
 
 
-@instruction("or")
+@instruction("or", lockable=True)
 def or_(cpu, dst, src):
     result = dst.value | src.value
     dst.value = result
     cpu.flags = (LOGIC, 0, 0, result, dst.width)
 
 
-@instruction("xor")
+@instruction("xor", lockable=True)
 def xor(cpu, dst, src):
     result = dst.value ^ src.value
     dst.value = result
     cpu.flags = (LOGIC, 0, 0, result, dst.width)
 
 
-@instruction("not")
+@instruction("not", lockable=True)
 def not_(cpu, dst):
     """NOT changes no flags."""
     dst.value = dst.value ^ dst.mask
