@@ -62,7 +62,11 @@ _define_bit_change("btc", lambda value, bit: value ^ bit)
 # --- Bit scan -------------------------------------------------------------------------------------------------------
 
 
-@instruction("bsf", data_decides=True)
+# Behind F3 these are TZCNT and LZCNT, on processors that say so. To the others, and to this one, the prefix means
+# nothing, and so compilers use it freely where the source cannot be zero (SDM vol. 2B, TZCNT).
+
+
+@instruction("bsf", "tzcnt", data_decides=True)
 def bsf(cpu, dst, src):
     """BSF: the number of the lowest 1. For a source of zero ZF is set and the destination keeps its value."""
     value = src.value
@@ -71,7 +75,7 @@ def bsf(cpu, dst, src):
     _set_zero(cpu, value, src.width)
 
 
-@instruction("bsr", data_decides=True)
+@instruction("bsr", "lzcnt", data_decides=True)
 def bsr(cpu, dst, src):
     """BSR: the number of the highest 1."""
     value = src.value

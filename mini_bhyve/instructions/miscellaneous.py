@@ -15,9 +15,16 @@ def lea(cpu, dst, src):
     dst.value = src.address() & dst.mask
 
 
-@instruction("nop", "endbr32", "endbr64", "pause", "prefetchnta", "prefetcht0", "prefetcht1", "prefetcht2", "prefetchw")
+@instruction(
+    "nop", "pause", "prefetchnta", "prefetcht0", "prefetcht1", "prefetcht2", "prefetch", "prefetchw", "prefetchwt1",
+    "endbr32", "endbr64", "rdsspd", "rdsspq", "cldemote",
+)  # fmt: skip
 def nop(cpu, *operands):
-    """NOP, and hints that change nothing that can be seen."""
+    """NOP; hints that change nothing that can be seen; and what is a NOP as long as CPUID does not offer it.
+
+    The last are in the part of the opcode map that was set aside for hints (0F 18 to 0F 1F), so that a program may use
+    them without asking: they do something only on processors with CET and so on.
+    """
 
 
 @instruction("xlatb", encoded=True)

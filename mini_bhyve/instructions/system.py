@@ -200,9 +200,9 @@ def invlpg(cpu, where):
     cpu.forget_page((cpu.segment_base(where.segment) + where.address()) & cpu.linear_mask)
 
 
-@instruction("invd", "wbinvd", data_decides=True)
+@instruction("invd", "wbinvd", "wbnoinvd", data_decides=True)
 def wbinvd(cpu):
-    """INVD, WBINVD: there are no caches to empty."""
+    """INVD, WBINVD: there are no caches to empty. (WBNOINVD is WBINVD with a prefix that means nothing yet.)"""
     _privileged(cpu)
 
 
