@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from mini_bhyve.flags import CF, EXPLICIT, OF, SHIFT, arithmetic_flags, carry
 from mini_bhyve.instructions.definition import instruction, signed
+from mini_bhyve.operands import LowDoubleword
 
 
 def _count(operand, width):
@@ -22,6 +23,12 @@ def _count(operand, width):
     return operand.value & (0x3F if width == 64 else 0x1F)
 
 
+def _keep(dst):
+    """The count is zero, and nothing changes; but 32 bits of a register, in 64-bit mode, still lose the upper half."""
+    if isinstance(dst, LowDoubleword):
+        dst.value = dst.value
+
+
 @instruction("shl", "sal", data_decides=True)
 def shl(cpu, dst, count=None):
     """SHL. OF tells, for a count of 1, that the sign has changed."""
@@ -29,6 +36,7 @@ def shl(cpu, dst, count=None):
     n = _count(count, width)
     a = dst.value
     if n == 0:
+        _keep(dst)
         return
     result = (a << n) & dst.mask
     dst.value = result
@@ -43,6 +51,7 @@ def shr(cpu, dst, count=None):
     n = _count(count, width)
     a = dst.value
     if n == 0:
+        _keep(dst)
         return
     result = a >> n
     dst.value = result
@@ -56,6 +65,7 @@ def sar(cpu, dst, count=None):
     n = _count(count, width)
     a = signed(dst.value, width)
     if n == 0:
+        _keep(dst)
         return
     result = a >> n & dst.mask
     dst.value = result
@@ -76,6 +86,7 @@ def rol(cpu, dst, count=None):
     n = _count(count, width)
     a = dst.value
     if n == 0:
+        _keep(dst)
         return
     n %= width
     result = (a << n | a >> (width - n)) & dst.mask
@@ -89,6 +100,7 @@ def ror(cpu, dst, count=None):
     n = _count(count, width)
     a = dst.value
     if n == 0:
+        _keep(dst)
         return
     n %= width
     result = (a >> n | a << (width - n)) & dst.mask
@@ -103,6 +115,7 @@ def rcl(cpu, dst, count=None):
     n = _count(count, width) % (width + 1)
     a = dst.value | carry(cpu.flags) << width
     if n == 0:
+        _keep(dst)
         return
     whole = (a << n | a >> (width + 1 - n)) & ((1 << (width + 1)) - 1)
     result = whole & dst.mask
@@ -116,6 +129,7 @@ def rcr(cpu, dst, count=None):
     n = _count(count, width) % (width + 1)
     a = dst.value | carry(cpu.flags) << width
     if n == 0:
+        _keep(dst)
         return
     whole = (a >> n | a << (width + 1 - n)) & ((1 << (width + 1)) - 1)
     result = whole & dst.mask
@@ -133,6 +147,7 @@ def shld(cpu, dst, src, count):
     n = _count(count, width)
     a, b = dst.value, src.value
     if n == 0:
+        _keep(dst)
         return
     # For a 16-bit operand and a count above 16 processors go on with the destination's own bits.
     whole = (a << 2 * width | b << width | a) << n
@@ -148,6 +163,7 @@ def shrd(cpu, dst, src, count):
     n = _count(count, width)
     a, b = dst.value, src.value
     if n == 0:
+        _keep(dst)
         return
     whole = a << 2 * width | b << width | a
     result = whole >> n & dst.mask
