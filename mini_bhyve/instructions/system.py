@@ -38,8 +38,8 @@ def _load_table(cpu, encoding, pointer):
 
 
 def _store_table(cpu, pointer, base, limit):
-    pointer.at(2, 64 if cpu.code_size == 64 else 32).value = base
     pointer.at(0, 16).value = limit
+    pointer.at(2, 64 if cpu.code_size == 64 else 32).value = base
 
 
 @instruction("lgdt", encoded=True, data_decides=True)
@@ -117,14 +117,14 @@ def _visible_descriptor(cpu, selector):
 
 @instruction("lar", data_decides=True)
 def lar(cpu, dst, src):
-    """LAR: bits 55-40 of a descriptor, as they stand there."""
+    """LAR: bits 55-52 and 47-40 of a descriptor, as they stand there."""
     _protected_only(cpu)
     descriptor = _visible_descriptor(cpu, src.value & 0xFFFF)
     gates = (seg.INTERRUPT_GATE16, seg.TRAP_GATE16, seg.INTERRUPT_GATE32, seg.TRAP_GATE32)
     reserved = (0, 8, 10, 13)
     ok = descriptor is not None and not (descriptor.is_system and descriptor.access & seg.TYPE in gates + reserved)
     if ok:
-        dst.value = descriptor.raw >> 32 & 0x00FFFF00 & dst.mask
+        dst.value = descriptor.raw >> 32 & 0x00F0FF00 & dst.mask
     _set_zero(cpu, ok)
 
 
