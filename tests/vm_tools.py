@@ -16,6 +16,7 @@ from mini_bhyve.config import Config
 from mini_bhyve.console import ScriptedConsole
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.machine import Machine
+from mini_bhyve.paging import Mmu
 from mini_bhyve.snapshot import load_snapshot
 from mini_bhyve.snapshot_state import save_state
 
@@ -87,8 +88,34 @@ def single_step(machine: Machine, instructions: int, look: Callable[[Machine], o
 
 def state_of(machine: Machine) -> dict[str, Any]:
     """All that tells how the guest goes on, by device and field, and what is still to be typed."""
-    state: dict[str, Any] = {part.name: save_state(part) for part in (*machine.kern_structs(), *machine.devices())}
+    parts = [*machine.kern_structs(), *machine.devices()]
+    state: dict[str, Any] = {part.name: save_state(part) for part in parts}
+    # And what is not in a snapshot, but should perhaps be.
+    state.update({f"attributes of {part.name}": plain_attributes(part, parts) for part in parts})
+    state["attributes of the MMU"] = plain_attributes(machine.cpu.mmu, parts)
     return {**state, "typed": bytes(machine.console.input), "ram": bytes(machine.memory.ram)}
+
+
+PLAIN = (int, str, bytes, bytearray, tuple, type(None))
+
+# Attributes of the CPU and its MMU that mean something only while it runs, or are found again; and the flags, which a
+# snapshot has in another form.
+OF_THE_MOMENT = {"attention", "next_ip", "running", "flags", "read_tlb", "write_tlb"}
+
+
+def plain_attributes(value: Any, parts: list[Any]) -> Any:
+    """The attributes of an object that are numbers, text and such; and those of objects inside, but for other parts."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, list):
+        return [plain_attributes(item, parts) for item in value]
+    names = set(getattr(value, "__dict__", ())).union(*(getattr(kind, "__slots__", ()) for kind in type(value).__mro__))
+    found = {}
+    for name in names - (OF_THE_MOMENT if isinstance(value, (Cpu, Mmu)) else set()):
+        inner = getattr(value, name, None)
+        if isinstance(inner, (*PLAIN, list)) or (hasattr(inner, "snapshot") and inner not in parts):
+            found[name] = plain_attributes(inner, parts)
+    return found
 
 
 def assert_same_state(machine: Machine, other: Machine) -> None:
