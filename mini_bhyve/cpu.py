@@ -5,7 +5,7 @@ and, on FreeBSD's side, struct vcpu and vm_run() of sys/amd64/vmm. What the inst
 they are decoded in `decode.py`, interrupts in `interrupts.py`, segments in `segmentation.py`, page tables in
 `paging.py`.
 
-    run() --> find_block() --> for each step: definition(cpu, operands ...)
+    run() --> code cache --> for each step: definition(cpu, operands ...)
                  |                                 |
               fetch, decode                  operand.value --> load() / store() --> TLB --> RAM
 """
@@ -20,13 +20,14 @@ from mini_bhyve import flags as fl
 from mini_bhyve import interrupts, paging
 from mini_bhyve import segmentation as seg
 from mini_bhyve.clock import Clock
+from mini_bhyve.code_cache import CodeCache
 from mini_bhyve.cpuid import CR4_SUPPORTED, EFER_SUPPORTED, SIGNATURE
-from mini_bhyve.decode import MAX_BLOCK, MAX_INSTRUCTION, Block, Decoder, Mode, Step
+from mini_bhyve.decode import Block, Mode, Step
 from mini_bhyve.faults import GP, SS, GuestFault, Unsupported, VmExit, general_protection, undefined_opcode
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import PAGE_SIZE, GuestMemory
 from mini_bhyve.operands import MASKS, RAX, RDX, RSP, Operand, Register, general_register
-from mini_bhyve.paging import FETCH, READ, USER_ACCESS, WRITE, Mmu
+from mini_bhyve.paging import READ, USER_ACCESS, WRITE, Mmu
 from mini_bhyve.registers import (
     CR0_CD,
     CR0_DEFINED,
@@ -55,12 +56,12 @@ class Cpu:
     """One x86-64 processor, as after power-on: real mode, at the reset vector."""
 
     __slots__ = (
-        "acknowledge_interrupt", "attention", "blocks", "bytes8", "clock", "code", "code_by_mode", "code_size", "cpl",
-        "cr0", "cr2", "cr3", "cr4", "debug_registers", "decoder", "efer", "flags", "flat_stack", "gdtr_base",
-        "gdtr_limit", "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "kernel_gs_base",
-        "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode", "next_ip", "nmi_blocked", "nmi_pending", "ports",
-        "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "system_flags", "tr", "words16", "words32",
-        "words64", "write_tlb",
+        "acknowledge_interrupt", "attention", "bytes8", "clock", "code", "code_cache", "code_size", "cpl", "cr0",
+        "cr2", "cr3", "cr4", "debug_registers", "efer", "flags", "flat_stack", "gdtr_base", "gdtr_limit", "halted",
+        "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "kernel_gs_base", "ldtr",
+        "linear_mask", "long_mode", "memory", "mmu", "mode", "next_ip", "nmi_blocked", "nmi_pending", "ports",
+        "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "system_flags", "tr", "words16",
+        "words32", "words64", "write_tlb",
     )  # fmt: skip
 
     name = "vmcx"  # bhyve's name for a vCPU's registers in a snapshot
@@ -72,17 +73,15 @@ class Cpu:
         self.words32, self.words64 = memory.words32, memory.words64
         self.mmu = Mmu(memory)
         self.clock = Clock(lambda: self.instructions)
-        self.decoder = Decoder(self)
-        # Decoded code: by where it lies in RAM, and by instruction pointer for each mode, as the page tables are now.
-        self.blocks: dict[tuple[tuple[int | None, ...], int, Mode], Block] = {}
-        self.code_by_mode: dict[Mode, dict[int, Block]] = {}
+        self.code_cache = CodeCache(self)
         # How an interrupt controller is asked for its vector; the machine connects one.
         self.acknowledge_interrupt: Callable[[], int] = lambda: 0
         self.interrupt_line = False  # the INTR pin
         self.attention = False  # set, from any thread, to make run() return soon
         self.retired = 0  # instructions executed up to the beginning of the running block
         self.running: Block | None = None
-        self.regs = [Register() for _ in range(17)]  # RAX ... R15, and one that is always zero
+        # RAX ... RDI are as wide as the mode says; R8 ... R15 keep their 64 bits. The last is always zero.
+        self.regs = [Register(32) for _ in range(8)] + [Register(64) for _ in range(9)]
         self.reset()
 
     # --- Registers and modes ----------------------------------------------------------------------------------------
@@ -95,10 +94,9 @@ class Cpu:
         self.ip = self.next_ip = 0xFFF0
         self.flags: fl.FlagSource = (fl.EXPLICIT, 0, 0, 0, 32)
         self.system_flags = 0  # EFLAGS but for the arithmetic ones and the bit that is always 1
-        self.segments = [seg.real_mode_segment(0, code=index == seg.CS) for index in range(6)]
+        self.segments = [seg.real_mode_segment(0) for _ in range(6)]
         # The one time that CS is not its selector times 16: the first instruction is fetched from FFFF FFF0.
-        reset_cs = seg.real_mode_segment(0xF000, code=True)
-        self.segments[seg.CS] = seg.Segment(0xF000, 0xFFFF0000, 0xFFFF, reset_cs.access)
+        self.segments[seg.CS] = seg.Segment(0xF000, 0xFFFF0000, 0xFFFF, seg.REAL_MODE_ACCESS)
         self.gdtr_base = self.idtr_base = 0
         self.gdtr_limit = self.idtr_limit = 0xFFFF
         self.ldtr = seg.Segment(0, 0, 0xFFFF, seg.PRESENT | seg.LDT)
@@ -111,8 +109,8 @@ class Cpu:
         self.nmi_pending = self.nmi_blocked = False
         self.interrupts_from = 0  # interrupts wait until so many instructions have been executed: the shadow of STI
         self.cpl = 0
-        self.update_paging()
         self.update_mode()
+        self.update_paging()
 
     @property
     def eflags(self) -> int:
@@ -151,14 +149,14 @@ class Cpu:
             code_base = cs.base
         register_width = 64 if self.code_size == 64 else 32
         if self.regs[RAX].width != register_width:
-            for register in self.regs:
+            for register in self.regs[:8]:  # (SDM vol. 1, 3.4.1.1)
                 register.set_width(register_width)
         self.linear_mask = MASKS[64] if self.code_size == 64 else MASKS[32]
         self.flat_stack = (ss.flat or self.code_size == 64) and self.stack_mask > 0xFFFF
         user = self.cpl == 3
         self.read_tlb, self.write_tlb = self.mmu.read_tlb[user], self.mmu.write_tlb[user]
         self.mode = Mode(self.code_size, self.stack_mask, flat, user, code_base)
-        self.code = self.code_by_mode.setdefault(self.mode, {})
+        self.code = self.code_cache.lookup(self.mode)
 
     def update_paging(self) -> None:
         """Tell the paging unit what the control registers say."""
@@ -170,9 +168,11 @@ class Cpu:
             mode = paging.PAGING_PAE
         else:
             mode = paging.PAGING_32BIT_PSE if self.cr4 & CR4_PSE else paging.PAGING_32BIT
+        # Entries of 4 bytes have no room for the bit.
+        execute_disable = self.efer & EFER_NXE != 0 and mode is not None and mode.entry_bytes == 8
         root = self.cr3 & (0xFFFFFFE0 if mode is paging.PAGING_PAE else ~0xFFF)
         self.mmu.configure(
-            mode, root, self.cr0 & CR0_WP != 0, self.efer & EFER_NXE != 0, self.efer & EFER_LMA != 0
+            mode, root, self.cr0 & CR0_WP != 0, execute_disable, self.efer & EFER_LMA != 0
         )  # fmt: skip
         self.flush_tlb()
 
@@ -188,8 +188,8 @@ class Cpu:
 
     def forget_code(self) -> None:
         """Which code lies at which address has to be found out again."""
-        for code in self.code_by_mode.values():
-            code.clear()
+        self.code_cache.forget()
+        self.code = self.code_cache.lookup(self.mode)
 
     def set_a20(self, enabled: bool) -> None:
         """The A20 gate, as port 92h moves it."""
@@ -261,15 +261,16 @@ class Cpu:
             raise general_protection()
         if number == 7 and value & DR7_ENABLE_BITS:
             raise Unsupported(f"breakpoint in a debug register at {self.where()}: DR7 = {value:#x}")
-        self.debug_registers[number] = value
+        self.debug_registers[number] = value | {6: DR6_AFTER_RESET, 7: DR7_AFTER_RESET}.get(number, 0)
 
     def load_segment(self, index: int, selector: int) -> None:
         """What a MOV or POP to a segment register other than CS does, with all checks of the mode."""
         if not self.protected_mode:
-            # The base changes and nothing else: a limit left behind by protected mode stays ("unreal mode").
             old = self.segments[index]
-            access = old.access if not old.access & seg.UNUSABLE else seg.real_mode_segment(0).access
-            segment = seg.Segment(selector, selector << 4, old.limit or 0xFFFF, access)
+            segment = seg.real_mode_segment(selector)
+            if not old.access & seg.UNUSABLE:
+                # The base changes and nothing else: a limit left behind by protected mode stays ("unreal mode").
+                segment = seg.Segment(selector, segment.base, old.limit, old.access)
         elif index == seg.SS_:
             segment = seg.stack_segment(self, selector, self.cpl)
         else:
@@ -304,8 +305,9 @@ class Cpu:
         self.cr3 = start.cr3
         if start.mode == "real":
             self.segments = [seg.real_mode_segment(start.data_selector) for _ in range(6)]
-            code = seg.real_mode_segment(start.code_selector, code=True)
-            self.segments[seg.CS] = seg.Segment(start.code_selector, start.code_base, code.limit, code.access)
+            self.segments[seg.CS] = seg.Segment(
+                start.code_selector, start.code_base, 0xFFFF, seg.REAL_MODE_ACCESS
+            )  # fmt: skip
         else:
             self.cr0 = CR0_PE | CR0_ET
             self.write_efer(EFER_LME if start.mode == "long" else 0)
@@ -425,7 +427,7 @@ class Cpu:
         """Write within one page, and drop the code that was there."""
         offset = self.memory.ram_offset(physical)
         if offset is not None and offset >> 12 in self.mmu.code_frames:
-            self.drop_code(offset, len(data))
+            self.code_cache.drop(offset, len(data))
         self.memory.write(physical, data)
 
     def linear(self, index: int, offset: int, size: int, writing: bool) -> int:
@@ -544,7 +546,7 @@ class Cpu:
                     block = self.code[self.ip]
                 except KeyError:
                     self.running = None
-                    block = self.find_block()
+                    block = self.code_cache.find()
                 self.running = block
                 steps: Iterable[Step] = block.steps
                 end = self.retired + block.length
@@ -554,7 +556,7 @@ class Cpu:
                 for definition, arguments, self.next_ip in steps:
                     definition(*arguments)
                 # A block that wrote into itself has been emptied, and ended early.
-                self.retired = end if block.steps else self.retired + self.steps_done(block)
+                self.retired = end if block.steps else self.retired + self.code_cache.dropped_after
                 self.ip = self.next_ip
             except GuestFault as fault:
                 self.undo_until_fault()
@@ -572,77 +574,3 @@ class Cpu:
             self.retired += index
             self.ip = block.ips[index]
         self.retired += 1
-
-    def steps_done(self, block: Block) -> int:
-        """How far a block came that was dropped while it ran."""
-        if self.next_ip in block.next_ips:
-            return block.next_ips.index(self.next_ip) + 1
-        return len(block.next_ips)
-
-    # --- Fetching and the cache of decoded code ---------------------------------------------------------------------
-
-    def find_block(self) -> Block:
-        """The decoded code at CS:IP, from the cache or fresh. Raises what fetching it raises (#PF, #GP)."""
-        cs, ip = self.segments[seg.CS], self.ip
-        if self.code_size == 64:
-            linear = ip
-        else:
-            if ip > cs.last:
-                raise general_protection()
-            linear = (cs.base + ip) & 0xFFFFFFFF
-        physical = self.mmu.translate(linear, FETCH | self.user_access)
-        code = self.memory.read(physical, PAGE_SIZE - (physical & PAGE_SIZE - 1))
-        block = self.block_at((self.memory.ram_offset(physical),), code, 0)
-        if block is None:
-            # Not even one instruction on this page: it runs on into the next one, wherever that is.
-            physical_next = self.mmu.translate((linear + len(code)) & self.linear_mask, FETCH | self.user_access)
-            places = self.memory.ram_offset(physical), self.memory.ram_offset(physical_next)
-            block = self.block_at(places, code + self.memory.read(physical_next, MAX_INSTRUCTION), len(code))
-            assert block is not None
-        self.code[ip] = block
-        return block
-
-    def block_at(self, places: tuple[int | None, ...], code: bytes, on_first_page: int) -> Block | None:
-        """The block of the bytes `code`, which lie at `places` in RAM (one offset for each page; None: not in RAM).
-
-        None if the first instruction needs more bytes than there are. With two places, `on_first_page` bytes are on the
-        first, and the block is that one instruction.
-        """
-        key = (places, self.ip, self.mode)
-        block = self.blocks.get(key)
-        if block is not None and block.steps:
-            return block
-        decoded = self.decoder.decode(code, self.ip, self.mode, 1 if on_first_page else MAX_BLOCK)
-        if decoded is None:
-            return None
-        steps, ips, size = decoded
-        lengths = (on_first_page, size - on_first_page) if on_first_page else (size,)
-        ranges = [(start, start + length) for start, length in zip(places, lengths) if start is not None]
-        block = Block(steps, ips, ranges)
-        if len(ranges) == len(places):
-            self.blocks[key] = block
-            for start, _ in ranges:
-                self.watch(start >> 12, block)
-        return block
-
-    def watch(self, frame: int, block: Block) -> None:
-        """From now on notice stores into this page of RAM, as `block` was made from it."""
-        if frame not in self.mmu.code_frames:
-            self.mmu.code_frames[frame] = []
-            self.mmu.watch_frame(frame)
-        self.mmu.code_frames[frame].append(block)
-
-    def drop_code(self, offset: int, length: int) -> None:
-        """RAM is about to be written: drop the blocks that were made from these bytes."""
-        frame = offset >> 12
-        kept = []
-        for block in self.mmu.code_frames[frame]:
-            if block.overlaps(offset, offset + length):
-                block.steps.clear()
-            elif block.steps:
-                kept.append(block)
-        if kept:
-            self.mmu.code_frames[frame] = kept
-        else:
-            del self.mmu.code_frames[frame]
-        self.forget_code()

@@ -60,12 +60,12 @@ class Register(Operand):
 
     __slots__ = ("value",)
 
-    def __init__(self) -> None:
-        super().__init__(32)
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
         self.value = 0
 
     def set_width(self, width: int) -> None:
-        """32 or 64 bits. Bits 63-32 are undefined after 64-bit mode (SDM vol. 1, 3.4.1.1): here, zero."""
+        """32 or 64 bits. Bits 63-32 of the first eight registers are undefined after 64-bit mode: here, zero."""
         self.width = width
         self.mask = MASKS[width]
         self.value &= self.mask
@@ -380,7 +380,7 @@ class SegmentRegister(SpecialRegister):
 
 
 class ControlRegister(SpecialRegister):
-    """CR0, CR2, CR3, CR4 or CR8."""
+    """CR0, CR2, CR3 or CR4; #UD for the others."""
 
     __slots__ = ("cpu", "number")
 

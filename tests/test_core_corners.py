@@ -1,0 +1,185 @@
+"""Corners of the processor and of the run loop in which mistakes were found: each is a small program or a small race."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from mini_bhyve import segmentation as seg
+from mini_bhyve.config import Config
+from mini_bhyve.console import ScriptedConsole
+from mini_bhyve.cpu import Cpu
+from mini_bhyve.inout import IoPorts
+from mini_bhyve.machine import ExitCode, Machine
+from mini_bhyve.memory import GuestMemory
+from mini_bhyve.operands import RAX, RCX, RDI, RSP
+
+CODE = 0x1000
+
+
+def real_mode_cpu(program: bytes) -> Cpu:
+    """A processor in real mode, about to run `program` at 0000:1000; every interrupt vector leads to a HLT at 0000:0F00."""
+    memory = GuestMemory(16 << 20)
+    memory.load(0, b"\x00\x0f\x00\x00" * 256)
+    memory.load(0xF00, b"\xf4")
+    memory.load(CODE, program)
+    cpu = Cpu(memory, IoPorts())
+    cpu.set_code_segment(seg.real_mode_segment(0), 0)
+    cpu.ip = CODE
+    cpu.regs[RSP].value = 0x800
+    return cpu
+
+
+def run_to_halt(cpu: Cpu, slice_of: int = 1000) -> None:
+    while not cpu.halted:
+        assert cpu.retired < 100_000
+        cpu.attention = False
+        cpu.run(cpu.retired + slice_of)
+
+
+def test_real_mode_code_may_store_through_cs():
+    cpu = real_mode_cpu(bytes.fromhex("b8 34 12  2e a3 00 20  f4"))  # mov ax, 1234h; mov cs:[2000h], ax; hlt
+    run_to_halt(cpu)
+    assert cpu.memory.read(0x2000, 2) == b"\x34\x12"
+
+
+@pytest.mark.parametrize("slice_of", [1, 2, 3, 1000])
+def test_a_rep_that_overwrites_itself_counts_the_same_in_any_slices(slice_of):
+    # mov cx, 8; mov di, 1009h; mov al, F4h; rep stosb: the last writes HLT over itself and what follows it
+    cpu = real_mode_cpu(bytes.fromhex("b9 08 00  bf 08 10  b0 f4  f3 aa  90 90 90 90 90 90 90"))
+    run_to_halt(cpu, slice_of)
+    assert (cpu.regs[RCX].value, cpu.regs[RDI].value) == (0, 0x1010)
+    assert cpu.instructions == 5
+
+
+def test_decoded_code_that_was_overwritten_is_forgotten():
+    # mov cx, 1000; again: mov byte [changed], 40h (inc ax); changed: nop; loop again; hlt
+    cpu = real_mode_cpu(bytes.fromhex("b9 e8 03  c6 06 08 10 40  90  e2 f8  f4"))
+    run_to_halt(cpu)
+    assert cpu.regs[RAX].value == 1000
+    assert len(cpu.code_cache.by_place) < 10
+    assert all(block.steps for block in cpu.code_cache.by_place.values())
+
+
+def test_far_calls_into_many_segments_leave_few_tables_behind():
+    cpu = real_mode_cpu(b"")
+    for selector in range(0x200, 0x600):
+        cpu.set_code_segment(seg.real_mode_segment(selector), 0)
+        cpu.forget_code()
+    assert len(cpu.code_cache.by_ip) == 1
+
+
+# --- Paging ---------------------------------------------------------------------------------------------------------------
+
+DIRECTORY, TABLE = 0x10000, 0x11000
+PAGE = 0x400000  # the linear page under test; the first 4 MiB are mapped 1:1 by one large page
+
+
+def paged_cpu(program: str, table_entry: int) -> Cpu:
+    """Flat 32-bit protected mode with paging, at CODE; `table_entry` maps PAGE."""
+    memory = GuestMemory(16 << 20)
+    memory.load(CODE, bytes.fromhex(program))
+    memory.load(DIRECTORY, (0x83).to_bytes(4, "little") + (TABLE | 7).to_bytes(4, "little"))
+    memory.load(TABLE, table_entry.to_bytes(4, "little"))
+    cpu = Cpu(memory, IoPorts())
+    code = seg.PRESENT | seg.CODE_OR_DATA | seg.BIG | seg.GRANULAR | seg.CODE | seg.READABLE
+    data = seg.PRESENT | seg.CODE_OR_DATA | seg.BIG | seg.GRANULAR | seg.WRITABLE
+    cpu.segments = [seg.Segment(0x10, 0, 0xFFFFFFFF, data) for _ in range(6)]
+    cpu.segments[seg.CS] = seg.Segment(8, 0, 0xFFFFFFFF, code)
+    cpu.write_control_register(4, 1 << 4)  # PSE
+    cpu.write_control_register(3, DIRECTORY)
+    cpu.write_cr0(1 << 31 | 1 << 16 | 1)  # PG, WP, PE
+    cpu.ip = CODE
+    cpu.regs[RSP].value = 0x9000
+    return cpu
+
+
+def test_a_page_fault_forgets_the_page_so_that_copy_on_write_needs_no_invlpg():
+    # mov eax, [PAGE]; add dword [PAGE], 1; hlt. The handler maps another, writable, frame and returns.
+    cpu = paged_cpu("a1 00004000  83 05 00004000 01  f4", table_entry=0x200000 | 1)
+    memory = cpu.memory
+    memory.load(0x200000, (100).to_bytes(4, "little"))
+    memory.load(0x300000, (500).to_bytes(4, "little"))
+    # mov dword [TABLE], 300003h; add esp, 4; iret
+    memory.load(0x2000, bytes.fromhex("c7 05 00100100 03003000  83 c4 04  cf"))
+    memory.load(0x3000 + 14 * 8, bytes.fromhex("00200800 008e0000"))  # IDT: an interrupt gate to 0008:2000
+    memory.load(0x4000, bytes.fromhex("0000000000000000 ffff0000009bcf00 ffff00000093cf00"))  # GDT: null, code, data
+    cpu.idtr_base, cpu.idtr_limit, cpu.gdtr_base, cpu.gdtr_limit = 0x3000, 0x7FF, 0x4000, 23
+    run_to_halt(cpu)
+    assert memory.read(0x200000, 4) == (100).to_bytes(4, "little")
+    assert memory.read(0x300000, 4) == (501).to_bytes(4, "little")
+
+
+def test_invlpg_forgets_all_of_a_large_page():
+    cpu = paged_cpu("", table_entry=0)
+    memory = cpu.memory
+    memory.load(DIRECTORY + 8, (0x400083).to_bytes(4, "little"))  # 8-12 MiB -> 4-8 MiB, one large page
+    memory.load(0x401000, b"old!")
+    memory.load(0x801000, b"new!")
+    assert (cpu.load(0x800000, 32), cpu.load(0x801000, 32)) == (0, int.from_bytes(b"old!", "little"))
+    memory.load(DIRECTORY + 8, (0x800083).to_bytes(4, "little"))
+    cpu.forget_page(0x800000)
+    assert cpu.load(0x801000, 32) == int.from_bytes(b"new!", "little")
+
+
+def test_an_instruction_beyond_the_limit_of_cs_is_not_run():
+    cpu = real_mode_cpu(b"\x40" * 32 + b"\xf4")  # inc ax, 32 times
+    cpu.set_code_segment(seg.Segment(0, 0, CODE + 8, seg.REAL_MODE_ACCESS), 0)
+    cpu.ip = CODE
+    run_to_halt(cpu)
+    assert cpu.regs[RAX].value == 9
+
+
+def test_an_error_code_tells_exceptions_from_what_the_program_asked_for():
+    """The bit EXT (SDM vol. 3A, 6.13): #UD through a gate that is not present gives 33h, INT 6 through it 32h."""
+    for program, expected in (("0f 0b", 0x33), ("cd 06", 0x32)):
+        cpu = paged_cpu(program, table_entry=0)
+        memory = cpu.memory
+        memory.load(0x2000, b"\xf4")
+        memory.load(0x3000 + 6 * 8, bytes.fromhex("00200800 000e0000"))  # not present
+        memory.load(0x3000 + 11 * 8, bytes.fromhex("00200800 008e0000"))  # #NP
+        memory.load(0x4000, bytes.fromhex("0000000000000000 ffff0000009bcf00 ffff00000093cf00"))
+        cpu.idtr_base, cpu.idtr_limit, cpu.gdtr_base, cpu.gdtr_limit = 0x3000, 0x7FF, 0x4000, 23
+        run_to_halt(cpu)
+        assert cpu.load_stack(cpu.regs[RSP].value, 32) == expected
+
+
+# --- The run loop -------------------------------------------------------------------------------------------------------
+
+
+def machine_with(program: bytes, clock: str, typed: bytes = b"") -> Machine:
+    config = Config()
+    config.set("clock", clock)
+    machine = Machine(config, ScriptedConsole(typed))
+    machine.load()
+    machine.memory.load(0x7C00, program)
+    return machine
+
+
+def test_a_stop_that_comes_just_before_a_turn_is_not_lost():
+    machine = machine_with(b"\xeb\xfe", "virtual")  # a jump to itself
+    turn = machine.run_once
+
+    def turn_after_a_stop() -> None:
+        machine.stop(ExitCode.POWEROFF, "powered off")
+        turn()
+
+    machine.run_once = turn_after_a_stop  # type: ignore[method-assign]
+    vcpu = threading.Thread(target=machine.run, daemon=True)
+    vcpu.start()
+    vcpu.join(20)
+    assert not vcpu.is_alive()
+    assert machine.cpu.instructions == 0
+
+
+def test_a_paused_vm_that_is_stopped_cannot_be_paused_again():
+    machine = machine_with(b"\xeb\xfe", "virtual")
+    vcpu = threading.Thread(target=machine.run, daemon=True)
+    vcpu.start()
+    machine.pause_command(None)  # type: ignore[arg-type]
+    machine.stop(ExitCode.POWEROFF, "powered off")
+    with pytest.raises(Exception, match="ended"):
+        machine.pause_command(None)  # type: ignore[arg-type]
+    vcpu.join(20)
+    assert not vcpu.is_alive()
