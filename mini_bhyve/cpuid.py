@@ -23,6 +23,7 @@ FEATURES_EDX = {
     15: "CMOV: conditional moves",
 }
 FEATURES_ECX = {
+    13: "CX16: CMPXCHG16B",
     31: "a hypervisor is present",
 }
 EXTENDED_EDX = {

@@ -64,9 +64,9 @@ class NewStack:
 
 
 def real_mode_code_segment(cpu: Cpu, selector: int) -> seg.Segment:
-    """CS after a far transfer in real mode: a new base, and nothing else changes."""
+    """CS after a far transfer in real mode: a new base, the old limit, and writable as all segments there are."""
     old = cpu.segments[seg.CS]
-    return seg.Segment(selector, selector << 4, old.limit, old.access)
+    return seg.Segment(selector, selector << 4, old.limit, old.access & ~0xFF | seg.REAL_MODE_ACCESS)
 
 
 # --- There ------------------------------------------------------------------------------------------------------------

@@ -42,10 +42,6 @@ class GuestFault(Exception):
         return text
 
 
-class GuestTrap(GuestFault):
-    """An exception of class trap: the instruction is complete, and the handler gets the address of the next one."""
-
-
 def undefined_opcode() -> GuestFault:
     """#UD: the instruction does not exist, or not in this mode."""
     return GuestFault(UD)

@@ -23,6 +23,7 @@ from mini_bhyve import flags as fl
 from mini_bhyve import segmentation as seg
 from mini_bhyve.far_transfer import (
     NewStack,
+    check_offset,
     drop_privileged_segments,
     real_mode_code_segment,
     returned_code_segment,
@@ -55,6 +56,7 @@ def deliver_fault(cpu: Cpu, fault: GuestFault) -> None:
         if fault.vector == PF:
             assert fault.address is not None
             cpu.cr2 = fault.address
+            cpu.forget_page(fault.address)  # so a handler that grants more rights need not say INVLPG
         cpu.next_ip = cpu.ip
         try:
             deliver(cpu, fault.vector, fault.error_code)
@@ -80,26 +82,35 @@ def deliver_external(cpu: Cpu, vector: int) -> None:
     cpu.halted = False
     cpu.next_ip = cpu.ip
     try:
-        deliver(cpu, vector, None, external=True)
+        deliver(cpu, vector, None)
         cpu.ip = cpu.next_ip
     except GuestFault as fault:
         deliver_fault(cpu, fault)
 
 
-def deliver(
-    cpu: Cpu, vector: int, error_code: int | None, software: bool = False, external: bool = False
-) -> None:
+def deliver(cpu: Cpu, vector: int, error_code: int | None, software: bool = False) -> None:
     """Go to the handler of `vector`; cpu.next_ip is the address to come back to, and then that of the handler.
 
-    `software` is an INT n, INT3 or INTO: only those must be allowed by the gate's DPL. Raises GuestFault, with nothing
-    changed but memory below the stack pointer, if the way there is barred.
+    `software` is an INT n, INT3 or INTO: only those must be allowed by the gate's DPL. Raises GuestFault if the way
+    there is barred, with no register changed. Its error code says, by the bit EXT, that the program did not ask for
+    this: it is set unless `software` (SDM vol. 3A, 6.13).
     """
     if not cpu.protected_mode:
         _deliver_real(cpu, vector)
         return
+    try:
+        _deliver_protected(cpu, vector, error_code, software)
+    except GuestFault as fault:
+        if software or fault.vector == PF or fault.error_code is None:
+            raise
+        raise GuestFault(fault.vector, fault.error_code | EXTERNAL) from None
+
+
+def _deliver_protected(cpu: Cpu, vector: int, error_code: int | None, software: bool) -> None:
+    """Find the gate and check it (SDM vol. 3A, 6.12.1 and 6.14)."""
     wide = cpu.long_mode
     entry_size = 16 if wide else 8
-    reference = vector * 8 | IN_IDT | (0 if software else EXTERNAL * external)
+    reference = vector * 8 | IN_IDT
     if vector * entry_size + entry_size - 1 > cpu.idtr_limit:
         raise general_protection(reference)
     address = cpu.idtr_base + vector * entry_size
@@ -122,7 +133,7 @@ def deliver(
         offset |= cpu.load_system(address + 8, 32) << 32
     width = 64 if wide else 32 if kind in (seg.INTERRUPT_GATE32, seg.TRAP_GATE32) else 16
     selector = gate.raw >> 16 & 0xFFFF
-    _enter_handler(cpu, selector, offset, width, error_code, ist=gate.raw >> 32 & 7 if wide else 0, external=external)
+    _enter_handler(cpu, selector, offset, width, error_code, ist=gate.raw >> 32 & 7 if wide else 0)
     # An interrupt gate also closes the door behind it; a trap gate leaves IF as it was.
     cleared = fl.TF | fl.NT | fl.RF | fl.VM
     if kind in (seg.INTERRUPT_GATE32, seg.INTERRUPT_GATE16):
@@ -144,13 +155,11 @@ def _deliver_real(cpu: Cpu, vector: int) -> None:
     cpu.next_ip = pointer & 0xFFFF
 
 
-def _enter_handler(
-    cpu: Cpu, selector: int, offset: int, width: int, error_code: int | None, ist: int, external: bool
-) -> None:
+def _enter_handler(cpu: Cpu, selector: int, offset: int, width: int, error_code: int | None, ist: int) -> None:
     """Check the handler's code segment, change stacks if it is more privileged, push the frame, and go there."""
     if seg.is_null(selector):
-        raise general_protection(EXTERNAL * external)
-    error_selector = selector & ~3 | EXTERNAL * external
+        raise general_protection()
+    error_selector = selector & ~3
     descriptor = seg.read_descriptor(cpu, selector)
     if not descriptor.is_code or descriptor.dpl > cpu.cpl:
         raise general_protection(error_selector)
@@ -177,6 +186,7 @@ def _enter_handler(
         stack.push(error_code, width)
 
     code = seg.code_segment(cpu, selector, descriptor, cpl)
+    check_offset(cpu, code, offset)
     cpu.set_code_segment(code, cpl)
     stack.commit()
     cpu.next_ip = offset
@@ -242,7 +252,7 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
 
 
 def set_flags(cpu: Cpu, value: int, width: int) -> None:
-    """EFLAGS from POPF or IRET: what may change depends on the privilege level (SDM vol. 2B, POPF, table 4-19)."""
+    """EFLAGS from POPF or IRET: what may change depends on the privilege level (SDM vol. 2B, POPF)."""
     writable = fl.TF | fl.DF | fl.NT
     if width > 16:
         writable |= fl.AC | fl.ID
@@ -256,14 +266,11 @@ def set_flags(cpu: Cpu, value: int, width: int) -> None:
 # --- Interrupts from outside ----------------------------------------------------------------------------------------
 
 
-def take_interrupt(cpu: Cpu) -> bool:
+def take_interrupt(cpu: Cpu) -> None:
     """Deliver what is waiting outside, if the processor listens: NMI first, then INTR (SDM vol. 3A, 6.9)."""
     if cpu.nmi_pending and not cpu.nmi_blocked:
         cpu.nmi_pending = False
         cpu.nmi_blocked = True  # until the next IRET
         deliver_external(cpu, NMI_VECTOR)
-        return True
-    if cpu.interrupt_line and cpu.system_flags & fl.IF:
+    elif cpu.interrupt_line and cpu.system_flags & fl.IF:
         deliver_external(cpu, cpu.acknowledge_interrupt())
-        return True
-    return False

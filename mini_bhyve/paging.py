@@ -24,7 +24,7 @@ from mini_bhyve.memory import PAGE_SIZE, GuestMemory
 
 # Bits of an entry.
 PRESENT, WRITABLE, USER = 1 << 0, 1 << 1, 1 << 2
-ACCESSED, DIRTY, PAGE_SIZE_BIT, GLOBAL = 1 << 5, 1 << 6, 1 << 7, 1 << 8
+ACCESSED, DIRTY, PAGE_SIZE_BIT = 1 << 5, 1 << 6, 1 << 7
 EXECUTE_DISABLE = 1 << 63
 
 # What an access is, in the bits of a page fault's error code (figure 4-12).
@@ -51,7 +51,7 @@ class PagingMode(NamedTuple):
 PAGING_32BIT = PagingMode("32-bit", (22, 12), 4, ())
 PAGING_32BIT_PSE = PagingMode("32-bit", (22, 12), 4, (22,))
 PAGING_PAE = PagingMode("PAE", (30, 21, 12), 8, (21,))
-PAGING_4LEVEL = PagingMode("4-level", (39, 30, 21, 12), 8, (30, 21))
+PAGING_4LEVEL = PagingMode("4-level", (39, 30, 21, 12), 8, (21,))  # CPUID offers no 1-GByte pages
 
 
 class Mmu:
@@ -73,6 +73,7 @@ class Mmu:
         self.write_protect = False
         self.execute_disable = False
         self.canonical = False  # addresses have 48 bits and a sign
+        self.large_pages = False  # whether the TLB holds pieces of any
         self.code_frames: dict[int, list] = {}  # frames with decoded code; filled by the code cache
         self.read_tlb: tuple[dict[int, int], dict[int, int]] = ({}, {})  # [supervisor, user]
         self.write_tlb: tuple[dict[int, int], dict[int, int]] = ({}, {})
@@ -90,11 +91,18 @@ class Mmu:
 
     def flush(self) -> None:
         """Forget everything (SDM vol. 3A, 4.10.4.1)."""
+        self.large_pages = False
         for tlb in self.read_tlb + self.write_tlb:
             tlb.clear()
 
     def forget_page(self, linear: int) -> None:
-        """Forget the page of one address, as INVLPG does. Pieces of a large page were entered one by one."""
+        """Forget the page of one address, as INVLPG and page faults do (SDM vol. 3A, 4.10.4.1).
+
+        Of a large page that must be all of it, but its pieces were entered one by one, and nobody remembers which
+        belong together. So where there are large pages, everything goes.
+        """
+        if self.large_pages:
+            self.flush()
         for tlb in self.read_tlb + self.write_tlb:
             tlb.pop(linear >> 12, None)
 
@@ -150,6 +158,7 @@ class Mmu:
                 entries.append((address, entry))
             table = entry & (1 << PHYSICAL_BITS) - PAGE_SIZE
             if entry & PAGE_SIZE_BIT and shift in mode.large_at:
+                self.large_pages = True
                 break
         self.check_rights(linear, access, rights, execute_disabled)
         self.mark_used(entries, access, mode.entry_bytes)
@@ -169,7 +178,10 @@ class Mmu:
             raise self.page_fault(linear, access, ERROR_PRESENT)
 
     def mark_used(self, entries: list[tuple[int, int]], access: int, entry_bytes: int) -> None:
-        """Set the accessed bit in every entry used, and the dirty bit in the last one if this is a write."""
+        """Set the accessed bit in every entry used, and the dirty bit in the last one if this is a write.
+
+        (Past the cache of decoded code: a page table is not executed.)
+        """
         last = len(entries) - 1
         for level, (address, entry) in enumerate(entries):
             used = entry | ACCESSED | (DIRTY if access & WRITE and level == last else 0)
@@ -186,7 +198,7 @@ class Mmu:
             reserved |= EXECUTE_DISABLE
         if entry & PAGE_SIZE_BIT and shift in mode.large_at:
             reserved |= (1 << shift) - (1 << 13)
-        elif shift == 39:
+        elif shift > 21:
             reserved |= PAGE_SIZE_BIT
         if mode is PAGING_PAE:
             reserved |= (1 << 63) - (1 << 52)

@@ -126,10 +126,13 @@ class Descriptor(NamedTuple):
         return Segment(selector, self.base, self.limit, self.access)
 
 
-def real_mode_segment(selector: int, code: bool = False) -> Segment:
+# What a segment is in real mode, CS included: present, may be read, written and (if it is CS) executed (table 9-1).
+REAL_MODE_ACCESS = PRESENT | CODE_OR_DATA | WRITABLE | ACCESSED
+
+
+def real_mode_segment(selector: int) -> Segment:
     """In real mode the base is the selector times 16, and nothing is checked but the 64 KiB limit."""
-    kind = CODE | READABLE if code else WRITABLE
-    return Segment(selector, selector << 4, 0xFFFF, PRESENT | CODE_OR_DATA | kind | ACCESSED)
+    return Segment(selector, selector << 4, 0xFFFF, REAL_MODE_ACCESS)
 
 
 def null_segment(selector: int) -> Segment:
@@ -201,7 +204,7 @@ def code_segment(cpu: Cpu, selector: int, descriptor: Descriptor, cpl: int) -> S
 
 
 def system_segment(cpu: Cpu, selector: int) -> Descriptor:
-    """The descriptor for LLDT and LTR: in the GDT; in 64-bit mode 16 bytes long, with bits 63-32 of the base at 64."""
+    """The descriptor for LLDT and LTR, which must be in the GDT."""
     if selector & 4:
         raise general_protection(selector & ~3)
     return read_descriptor(cpu, selector)
@@ -226,16 +229,19 @@ def load_tr(cpu: Cpu, selector: int) -> None:
         raise general_protection(0)
     descriptor = system_segment(cpu, selector)
     kind = descriptor.access & TYPE
-    if not descriptor.is_system or kind not in (TSS32_AVAILABLE, TSS16_AVAILABLE) or (cpu.long_mode and kind == 1):
+    available = (TSS32_AVAILABLE,) if cpu.long_mode else (TSS32_AVAILABLE, TSS16_AVAILABLE)
+    if not descriptor.is_system or kind not in available:
         raise general_protection(selector & ~3)
     if not descriptor.present:
         raise GuestFault(NP, selector & ~3)
     busy = Descriptor(descriptor.raw | BUSY << 40, descriptor.address)
-    cpu.tr = _wide_base(cpu, busy, selector)
+    tr = _wide_base(cpu, busy, selector)
     cpu.store_system(descriptor.address + 5, busy.raw >> 40 & 0xFF, 8)
+    cpu.tr = tr
 
 
 def _wide_base(cpu: Cpu, descriptor: Descriptor, selector: int) -> Segment:
+    """LDTR or TR from its descriptor; in long mode bits 63-32 of the base follow it."""
     high = cpu.load_system(descriptor.address + 8, 32) if cpu.long_mode else 0
     return Segment(selector, descriptor.base | high << 32, descriptor.limit, descriptor.access)
 

@@ -207,6 +207,7 @@ def _ins(operation):
     cpu.check_store(seg.ES, cpu.regs[RDI].value & operation.address_mask, operation.width)
     operation.store_destination(cpu.ports.read(port, operation.width))
     operation.advance(RDI)
+    cpu.attention = True
 
 
 def _outs(operation):
