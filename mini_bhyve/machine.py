@@ -4,7 +4,7 @@ Mirrors vm_loop() and the machine-wide part of FreeBSD's usr.sbin/bhyve/bhyverun
 
     main thread    run(): pause point -> devices whose time has come -> interrupt -> cpu.run() -> and again
     IPC thread     the handlers of `commands()`; they bring the main thread to its pause point where they must
-    signals, user  stop()
+    signal thread  stop(), as the console does when its user leaves
 
 The machine knows neither the socket nor the files of a snapshot. It offers commands to the one and its parts to the
 other.
@@ -20,6 +20,7 @@ import select
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
@@ -104,6 +105,7 @@ class Machine:
         self.wake_fd, self.kick_fd = os.pipe()
         for fd in (self.wake_fd, self.kick_fd):
             os.set_blocking(fd, False)
+            weakref.finalize(self, os.close, fd)
         self.anchor_clocks()
 
     def irq(self, number: int) -> Callable[[bool], None]:
@@ -181,6 +183,8 @@ class Machine:
         """One turn: whatever asks for attention, and then guest code until something is due."""
         cpu = self.cpu
         cpu.attention = False  # before looking what it is about: who asks again sets it again
+        if self.exit_code is not None:
+            return
         if self.pause_requested:
             self.pause_point()
             return
@@ -220,7 +224,7 @@ class Machine:
             timers = (self.pit.deadline, self.rtc.deadline, self.uart.timeout_at)
             self.sleep_until(min((when for when in timers if when is not None), default=None))
         elif deadline is None:
-            self.wait(None)
+            self.wait(None, for_input=True)
         else:
             self.clock.skip_to(deadline)
 
@@ -238,22 +242,22 @@ class Machine:
         """Wait if the guest runs ahead of the wall clock; forgive it if it has fallen far behind."""
         lead = self.clock.now - self.wall_now()
         if lead > MAX_LEAD_NS:
-            self.wait(lead)
+            self.wait(lead, for_input=False)
         elif lead < -MAX_LAG_NS:
             self.anchor_clocks()
 
     def sleep_until(self, deadline: int | None) -> None:
         """Sleep until it is `deadline` by the clock on the wall, input arrives or kick() is called."""
-        self.wait(None if deadline is None else max(0, deadline - self.wall_now()))
+        self.wait(None if deadline is None else max(0, deadline - self.wall_now()), for_input=True)
         now = self.wall_now()
         self.clock.skip_to(now if deadline is None else min(now, deadline))
         if now - self.clock.now > MAX_LAG_NS:
             self.anchor_clocks()
 
-    def wait(self, nanoseconds: int | None) -> None:
-        """Give up the host's CPU for so long, or until input arrives or kick() is called."""
+    def wait(self, nanoseconds: int | None, for_input: bool) -> None:
+        """Give up the host's CPU for so long, or until kick() is called, or (`for_input`) there is input to be had."""
         descriptors = [self.wake_fd]
-        if self.console.wait_fd is not None:
+        if for_input and self.uart.wants_input and self.console.wait_fd is not None:
             descriptors.append(self.console.wait_fd)
         select.select(descriptors, [], [], None if nanoseconds is None else nanoseconds / NS_PER_SECOND)
         with contextlib.suppress(BlockingIOError):
@@ -333,6 +337,9 @@ class Machine:
         if self.pause.paused:
             raise IpcError("the VM is paused already")
         self.pause.vm_vcpu_pause(self.suspend_all)
+        if self.exit_code is not None:  # the VM was stopped meanwhile, and shall not be held up
+            self.pause.vm_vcpu_resume()
+            raise IpcError("the VM has ended")
 
     def resume_command(self, message: IpcMessage) -> None:
         if not self.pause.paused:
@@ -345,10 +352,8 @@ class Machine:
         self.kick()
 
     def status(self, message: IpcMessage) -> dict[str, Any]:
-        cpu = self.cpu
         return {
             "name": self.name,
-            "state": "paused" if self.pause.paused else "halted" if cpu.halted else "running",
             "pid": os.getpid(),
             "ncpus": self.ncpus,
             "memory": self.memory.size,
@@ -360,8 +365,10 @@ class Machine:
 
     def progress(self) -> dict[str, Any]:
         """How far the guest has come and where it is, all at one instant."""
+        state = "paused" if self.pause.paused else "running"
         with self.paused():
             return {
+                "state": "halted" if self.cpu.halted and state == "running" else state,
                 "instructions": self.cpu.retired,
                 "time_ns": self.clock.now,
                 "rip": self.cpu.ip,

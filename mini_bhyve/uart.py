@@ -185,6 +185,15 @@ class Uart16550(Device):
     def _room(self) -> int:
         return (FIFO_SIZE if self.fcr & FCR_ENABLE else 1) - len(self.received)
 
+    def _console_room(self) -> int:
+        """How much the console may send; in loopback the line is not connected."""
+        return 0 if self.mcr & MCR_LOOP else self._room()
+
+    @property
+    def wants_input(self) -> bool:
+        """Whether the console will be asked for input that is there: not before the guest has looked at the port."""
+        return self.ask_console_at is not None and self._console_room() > 0
+
     def _receive(self, data: bytes, now: int) -> None:
         self.received += data
         self._restart_timeout(now)
@@ -277,7 +286,7 @@ class Uart16550(Device):
         if self.ask_console_at is not None and now >= self.ask_console_at:
             asked_at = now - now % CONSOLE_INTERVAL
             self._expire_timeout(asked_at)
-            room = 0 if self.mcr & MCR_LOOP else self._room()  # in loopback the line is not connected
+            room = self._console_room()
             data = self.console.read(room) if room else b""
             if data:
                 self._receive(data, asked_at)
