@@ -11,11 +11,12 @@ import random
 import runpy
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vm_tools import PATIENCE, ROOT, assert_same_state, boot, restore, run_to, single_step, wait_until
+from vm_tools import PATIENCE, ROOT, assert_same_state, boot, boot_kernel, restore, run_to, single_step, wait_until
 
 from mini_bhyve import ipc
 from mini_bhyve.machine import ExitCode, Machine
@@ -118,25 +119,63 @@ def instants(guest: str) -> list[int]:
     return sorted(chosen)
 
 
+def suspended_and_restored(machine: Machine, directory: Path) -> Machine:
+    """Another machine that goes on where this one is suspended."""
+    vm_checkpoint(machine, str(directory / "vm.ckp"), stop_vm=True)
+    restored = restore(str(directory / "vm.ckp"), bytes(machine.console.input))
+    assert_same_state(restored, machine)
+    restored.console.write(bytes(machine.console.output))
+    return restored
+
+
 @pytest.mark.parametrize("guest", ["counter", "shell"])
 def test_suspended_and_restored_at_50_random_instants_a_guest_prints_what_it_prints_undisturbed(guest, tmp_path):
-    snapshot = str(tmp_path / "vm.ckp")
     chance = random.Random(guest)
     vm = boot(guest, TYPED.get(guest, b""))
-    printed = b""
     for instant in instants(guest):
         run_to(vm, instant, turns=chance.randrange(3))
-        vm_checkpoint(vm, snapshot, stop_vm=True)
-        assert vm.exit_code == ExitCode.SUSPENDED
-        printed += vm.console.output
-        restored = restore(snapshot, bytes(vm.console.input))
-        assert_same_state(restored, vm)
-        vm = restored
+        vm = suspended_and_restored(vm, tmp_path)
     run_to_the_end(vm, guest)
-    printed += vm.console.output
-    assert printed == undisturbed(guest).console.output
-    assert vm.cpu.retired == undisturbed(guest).cpu.retired
-    assert_same_state(vm, undisturbed(guest))
+    assert_same_run(vm, guest)
+
+
+# Real-mode code that sets the timer going, does not listen to it for a while, and then does.
+LATE_LISTENER = bytes.fromhex(
+    "31c0 8ed8"  # xor ax, ax; mov ds, ax
+    "c7068000507c a38200"  # vector 20h: mov word ptr [0x80], 0x7c50; mov [0x82], ax
+    "b011e620 b020e621 b004e621 b001e621 b0fee621"  # the PIC: vectors from 20h, all masked but IRQ 0
+    "b034e643 b064e640 b000e640"  # the PIT: channel 0, mode 2, a pulse every 100 of its clocks
+    "b98813 e2fe"  # mov cx, 5000; loop to itself: some six pulses
+    "fb 90 fa f4"  # sti; nop; cli; hlt
+)
+HANDLER = bytes.fromhex("baf803 b054ee b020e620 cf")  # mov dx, 0x3f8; mov al, 'T'; out dx, al; end of interrupt; iret
+
+
+def test_an_interrupt_that_waits_when_a_vm_is_suspended_is_taken_once_it_listens(tmp_path):
+    image = tmp_path / "guest.img"
+    image.write_bytes((LATE_LISTENER.ljust(0x50, b"\0") + HANDLER).ljust(510, b"\0") + b"\x55\xaa")
+    machine = boot_kernel(str(image))
+    for instant in (1500, 3000, 4500, 5000):
+        run_to(machine, instant)
+        assert machine.cpu.interrupt_line
+        machine = suspended_and_restored(machine, tmp_path)
+    run_to(machine, 100_000)
+    assert (machine.console.output, machine.exit_code) == (b"T", ExitCode.HALT)
+
+
+def test_an_nmi_that_waits_when_a_vm_is_suspended_is_taken_once_the_first_is_done(tmp_path):
+    machine = boot("shell")
+    while not machine.cpu.halted:
+        machine.run_once()
+    machine.inject_nmi(ipc.IpcMessage())
+    machine = suspended_and_restored(machine, tmp_path)
+    assert machine.cpu.nmi_pending
+    run_to(machine, machine.cpu.retired + 5)
+    machine.inject_nmi(ipc.IpcMessage())
+    machine = suspended_and_restored(machine, tmp_path)
+    assert machine.cpu.nmi_pending and machine.cpu.nmi_blocked
+    run_to(machine, machine.cpu.retired + 2000)
+    assert machine.console.output.endswith(b"$ " + 2 * b"\r\nnon-maskable interrupt\r\n")
 
 
 # --- Paused, looked at, saved -----------------------------------------------------------------------------------------

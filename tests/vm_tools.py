@@ -47,7 +47,16 @@ class Typist(ScriptedConsole):
 
 def boot(guest: str, typed: bytes = b"") -> Machine:
     """A machine with an embedded guest, at its first instruction; `typed` is still to be typed at its console."""
-    machine = Machine(configured(guest=guest), Typist(typed))
+    return loaded(configured(guest=guest), typed)
+
+
+def boot_kernel(path: str) -> Machine:
+    """A machine with a boot image, at its first instruction."""
+    return loaded(configured(kernel=path), b"")
+
+
+def loaded(config: Config, typed: bytes) -> Machine:
+    machine = Machine(config, Typist(typed))
     machine.load()
     return machine
 
