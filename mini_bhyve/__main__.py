@@ -68,6 +68,15 @@ def configure_lpc(config: Config, device: str) -> None:
     config.set("lpc.com1.path" if name == "com1" else "bootrom", where)
 
 
+def configure_cpus(config: Config, topology: str) -> None:
+    """`-c CPUS`, or as bhyve has it `-c cpus=N,sockets=N,cores=N,threads=N`."""
+    for setting in topology.split(","):
+        name, _, value = setting.rpartition("=")
+        if name not in ("", "cpus", "sockets", "cores", "threads"):
+            raise ConfigError(f"-c {topology}: expected a number of CPUs, or cpus=, sockets=, cores= and threads=")
+        config.set(name or "cpus", value)
+
+
 def configure_slot(config: Config, device: str) -> None:
     """`-s SLOT,ide,PATH[,ro]`: a device in a PCI slot. The slot may be written 1, 1:0 or 0:1:0, as for bhyve."""
     slot, *rest = device.split(",")
@@ -107,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(*flags, action=Configure, apply=apply, **details)
 
     option("name", nargs="?", metavar="VMNAME", apply=sets("name"), help="name of the VM and its socket (default: vm)")
-    option("-c", metavar="CPUS", apply=sets("cpus"), help="number of virtual CPUs; only 1 is supported")
+    option("-c", metavar="CPUS", apply=configure_cpus, help="number of virtual CPUs; only 1 is supported")
     option("-m", metavar="SIZE", apply=sets("memory.size"),
            help="guest memory, in megabytes or followed by K, M or G (default: 64M)")  # fmt: skip
     option("-H", nargs=0, apply=assigns("x86.vmexit_on_hlt=true"),

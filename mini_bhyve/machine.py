@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
 from mini_bhyve import interrupts, loader
-from mini_bhyve.config import Config
+from mini_bhyve.config import Config, ConfigError
 from mini_bhyve.console import Console
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl
@@ -139,9 +139,15 @@ class Machine:
     # --- Loading the first program ----------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Put the guest into memory and the processor at its first instruction. Raises LoaderError, OSError."""
+        """Put the guest into memory and the processor at its first instruction. Raises ConfigError, LoaderError, OSError."""
         config = self.config
         bootrom, kernel, disks = config.get("bootrom"), config.get("kernel"), config.disks()
+        if bootrom and kernel:
+            raise ConfigError("bootrom and kernel are both set: which of them shall run?")
+        if not kernel:
+            for name in ("initrd", "append"):
+                if name in config:
+                    raise ConfigError(f"{name} is for a kernel, and there is none")
         if bootrom:
             start = self.load_bootrom(bootrom)
         elif kernel:
