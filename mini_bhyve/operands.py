@@ -45,11 +45,18 @@ class Operand:
 
     __slots__ = ("mask", "width")
 
-    value: int
-
     def __init__(self, width: int):
         self.width = width
         self.mask = MASKS[width]
+
+    @property
+    def value(self) -> int:
+        """What the operand holds; each kind has its own way to it."""
+        raise NotImplementedError
+
+    @value.setter
+    def value(self, value: int) -> None:
+        raise NotImplementedError
 
 
 # --- Registers and constants ----------------------------------------------------------------------------------------
@@ -191,15 +198,6 @@ class Memory(Operand):
             self.cpu, width, self.segment, self.base, self.index, self.scale, self.displacement + distance,
             self.address_mask.bit_length(),
         )  # fmt: skip
-
-    @property
-    def value(self):
-        """How memory is reached is for the kinds below to say."""
-        raise NotImplementedError
-
-    @value.setter
-    def value(self, value):
-        raise NotImplementedError
 
     @classmethod
     def for_width(cls, width: int) -> type[Memory]:

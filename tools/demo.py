@@ -68,6 +68,7 @@ class Vm:
         self.reader.start()
 
     def _read(self) -> None:
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             text = line.decode("ascii", "replace")
             put(f"    vm | {text.rstrip()}")
