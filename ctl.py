@@ -221,6 +221,14 @@ def show_list(vms: list[dict[str, Any]], run_dir: str) -> None:
 # --- what a VM is made to do -----------------------------------------------------------------------------------------
 
 
+def absolute(file: str) -> str:
+    """Where `file` lies as the user sees it. Raises IpcError if it is relative to a directory that is gone."""
+    try:
+        return file if os.path.isabs(file) else os.path.join(os.getcwd(), file)
+    except FileNotFoundError:
+        raise IpcError("the current directory no longer exists; give the snapshot an absolute name") from None
+
+
 def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: int = 0) -> dict[str, Any]:
     """Carry out one of the ACTIONS, and wait until it is done; what was done. Raises IpcError if it was not."""
     path = socket_path(run_dir, vm)
@@ -228,7 +236,7 @@ def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: i
     result: dict[str, Any] = {"vm": vm, "command": command}
     if action.opcode in TAKES_FILENAME:
         # A relative name is relative to where the user is, not to where the VM was started.
-        result["file"] = os.path.join(os.getcwd(), f"{vm}.ckp" if file is None else file)
+        result["file"] = absolute(f"{vm}.ckp" if file is None else file)
         snapshot_request(path, result["file"], action.opcode)
     elif action.opcode == IpcOpcode.DESTROY and remove_dead_socket(path):
         result["done"] = f"VM {vm!r} was dead, and its socket {path} is removed"
