@@ -86,7 +86,7 @@ class IpcOpcode(enum.IntEnum):
 
     STATUS is answered with ``name``; ``state``: "running", "paused" or "halted"; ``pid``; ``ncpus``; ``memory`` in
     bytes; ``instructions`` executed so far; ``time_ns``, virtual, since power-on; ``rip``; ``mode``, such as "32-bit
-    paged"; ``snapshot``: whether the VM can take any; ``active_cpus`` and ``suspended_cpus``: lists of numbers.
+    code, no paging"; ``snapshot``: whether the VM can take any; ``active_cpus`` and ``suspended_cpus``: lists.
 
     REGS is answered with the numbers that bhyvectl shows, under its names: rip rsp rax rbx rcx rdx rsi rdi rbp r8 to
     r15 rflags cr0 cr2 cr3 cr4 efer dr0 to dr3 dr6 dr7; the selectors cs ds es fs gs ss tr ldtr, and for each of them

@@ -139,7 +139,7 @@ class Machine:
     # --- Loading the first program ----------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Put the guest into memory and the processor at its first instruction. Raises ConfigError, LoaderError, OSError."""
+        """Put the guest into memory and the processor at its start. Raises ConfigError, LoaderError, OSError."""
         config = self.config
         bootrom, kernel, disks = config.get("bootrom"), config.get("kernel"), config.disks()
         if bootrom and kernel:

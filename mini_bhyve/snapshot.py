@@ -114,7 +114,7 @@ class VcpuPause:
     """
 
     def __init__(self) -> None:
-        # Reentrant, because a signal handler may run in a vCPU's thread, on top of one of these methods, and call one.
+        # Reentrant, for checkpoint_cpu_add calls checkpoint_cpu_resume with the lock held.
         vcpu_lock = threading.RLock()
         self.vcpus_idle = threading.Condition(vcpu_lock)
         self.vcpus_can_run = threading.Condition(vcpu_lock)
@@ -293,8 +293,8 @@ def meta_checksum(document: dict[str, Any]) -> str:
 class Snapshot:
     """A snapshot that has been read and found whole.
 
-    `ram` is a private mapping of the file NAME: build the VM's memory on it, and no byte is read before the guest needs
-    it, nor is the file ever changed. For one VM only. `kern_structs` and `devices` are the fields of each, by name.
+    `ram` is a private mapping of the file NAME: the VM's memory is to be built on it, so that nothing is copied, and the
+    file is never changed. For one VM only. `kern_structs` and `devices` are the fields of each, by name.
     """
 
     path: str
@@ -354,7 +354,7 @@ class Snapshot:
         if missing:
             raise SnapshotError(f"{self.path} has {what}{', '.join(missing)}, which this VM has not")
         if extra:
-            raise SnapshotError(f"{self.path} has not {what}{', '.join(extra)}, which this VM has")
+            raise SnapshotError(f"this VM has {what}{', '.join(extra)}, which {self.path} has not")
 
 
 def load_snapshot(path: str) -> Snapshot:

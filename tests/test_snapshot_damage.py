@@ -188,13 +188,13 @@ def other_machine(**changes):
         (other_machine(devices=lambda: []), "has device uart-com1, which this VM has not"),
         (
             other_machine(devices=lambda: [Timer("uart-com1"), Timer("vrtc")]),
-            "has not device vrtc, which this VM has",
+            "this VM has device vrtc",
         ),
         (other_machine(kern_structs=lambda: [Timer("vcpu0")]), "has vatpit, which this VM has not"),
         (other_machine(disk_list=[]), "has a disk in slot 3, which this VM has not"),
         (
             other_machine(disk_list=[*OLD.disk_list, {"slot": 4, "path": "b", "size": 1}]),
-            "has not a disk in slot 4, which this VM has",
+            "this VM has a disk in slot 4",
         ),
         (
             other_machine(disk_list=[{"slot": 3, "path": "/b/new.img", "size": 512}]),
