@@ -126,10 +126,12 @@ class Cpu:
 
     @property
     def iopl(self) -> int:
+        """The privilege level (0 to 3) that may still use I/O instructions, CLI and STI."""
         return self.system_flags >> 12 & 3
 
     @property
     def protected_mode(self) -> bool:
+        """Whether CR0.PE is set."""
         return self.cr0 & CR0_PE != 0
 
     def accumulator(self, width: int) -> Operand:
@@ -252,11 +254,13 @@ class Cpu:
         self.update_paging()
 
     def read_debug_register(self, number: int) -> int:
+        """MOV from DRn; #GP above level 0."""
         if self.cpl:
             raise general_protection()
         return self.debug_registers[number]
 
     def write_debug_register(self, number: int, value: int) -> None:
+        """MOV to DRn; #GP above level 0. Raises Unsupported for a breakpoint."""
         if self.cpl:
             raise general_protection()
         if number == 7 and value & DR7_ENABLE_BITS:
@@ -285,11 +289,12 @@ class Cpu:
         self.update_mode()
 
     def set_stack_segment(self, segment: seg.Segment) -> None:
+        """SS, already checked."""
         self.segments[seg.SS_] = segment
         self.update_mode()
 
     def shadow_interrupts(self) -> None:
-        """Interrupts wait until the next instruction is done: after STI, MOV SS and POP SS (SDM vol. 3A, 6.8.3)."""
+        """Interrupts wait until the next instruction is done: after MOV SS and POP SS (SDM vol. 3A, 6.8.3), and STI."""
         self.interrupts_from = self.instructions + 2
         self.attention = True
 
@@ -376,7 +381,7 @@ class Cpu:
     # --- Memory -----------------------------------------------------------------------------------------------------
 
     def load(self, address: int, width: int) -> int:
-        """`width` bits from linear `address`, with the rights of the current privilege level."""
+        """`width` bits from linear `address`, with the rights of the current privilege level. Raises #PF or #GP."""
         size = width >> 3
         if (address & PAGE_SIZE - 1) + size > PAGE_SIZE:
             return int.from_bytes(self.load_across(address, size, self.user_access), "little")
@@ -388,7 +393,7 @@ class Cpu:
         return int.from_bytes(self.memory.ram[offset : offset + size], "little")
 
     def store(self, address: int, value: int, width: int) -> None:
-        """Store the low `width` bits of `value` at linear `address`."""
+        """Store the low `width` bits of `value` at linear `address`. Raises #PF or #GP, and then nothing is stored."""
         self.store_as(address, value, width, self.user_access)
 
     def load_system(self, address: int, width: int) -> int:
@@ -399,6 +404,7 @@ class Cpu:
         return int.from_bytes(self.memory.read(self.mmu.translate(address, READ), size), "little")
 
     def store_system(self, address: int, value: int, width: int) -> None:
+        """As `store`, with the rights of the supervisor."""
         self.store_as(address, value, width, 0)
 
     @property
@@ -431,7 +437,7 @@ class Cpu:
         self.memory.write(physical, data)
 
     def linear(self, index: int, offset: int, size: int, writing: bool) -> int:
-        """The linear address of `size` bytes at `offset` in a segment, checked (SDM vol. 3A, 5.3 and 5.5)."""
+        """The linear address of `size` bytes at `offset` in a segment, checked (SDM vol. 3A, 5.3 and 5.4)."""
         segment = self.segments[index]
         if self.code_size == 64:
             return (self.segment_base(index) + offset) & MASKS[64]
@@ -445,9 +451,11 @@ class Cpu:
         return 0 if self.code_size == 64 and index < seg.FS else self.segments[index].base
 
     def load_segment_memory(self, index: int, offset: int, width: int) -> int:
+        """`width` bits at `offset` in a segment. Raises #GP or #SS, and #PF."""
         return self.load(self.linear(index, offset, width >> 3, False), width)
 
     def store_segment_memory(self, index: int, offset: int, value: int, width: int) -> None:
+        """Store `width` bits at `offset` in a segment. Raises #GP or #SS, and #PF."""
         self.store(self.linear(index, offset, width >> 3, True), value, width)
 
     def check_store(self, index: int, offset: int, width: int) -> None:
@@ -471,6 +479,7 @@ class Cpu:
         return self.load_segment_memory(seg.SS_, offset, width)
 
     def store_stack(self, offset: int, value: int, width: int) -> None:
+        """Store `width` bits at `offset` in the stack segment. Raises #SS or #PF."""
         if self.flat_stack:
             if width == 32 and not offset & 3:
                 try:
@@ -491,6 +500,7 @@ class Cpu:
         self.regs[RSP].value = rsp & ~mask | offset
 
     def pop(self, width: int) -> int:
+        """POP: `width` bits from the top of the stack. Raises #SS or #PF, and then RSP has not moved."""
         mask = self.stack_mask
         rsp = self.regs[RSP].value
         value = self.load_stack(rsp & mask, width)
@@ -514,6 +524,7 @@ class Cpu:
             self.next_ip = target
 
     def halt(self) -> None:
+        """HLT: nothing is executed until an interrupt comes."""
         self.halted = True
         self.attention = True
 

@@ -46,6 +46,7 @@ class NewStack:
             self.mask = 0xFFFFFFFF if segment.access & seg.BIG else 0xFFFF
 
     def push(self, value: int, width: int) -> None:
+        """Write `width` bits below what was pushed before. Raises #SS or #PF."""
         size = width >> 3
         offset = (self.pointer - size) & self.mask
         address = offset
@@ -58,6 +59,7 @@ class NewStack:
         self.pointer = self.pointer & ~self.mask | offset
 
     def commit(self) -> None:
+        """Make this the processor's stack."""
         self.cpu.regs[RSP].value = self.pointer
         if self.segment is not self.cpu.segments[seg.SS_]:
             self.cpu.set_stack_segment(self.segment)

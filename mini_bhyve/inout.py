@@ -38,7 +38,7 @@ class IoPorts:
             self.devices[port] = device
 
     def read(self, port: int, width: int) -> int:
-        """`width` is 8, 16 or 32 bits."""
+        """`width` is 8, 16 or 32 bits. Raises Unsupported if nobody answers and the ports are strict."""
         value = 0
         for byte in range(width // 8):
             device = self.find(port + byte, "read")
@@ -46,12 +46,14 @@ class IoPorts:
         return value
 
     def write(self, port: int, value: int, width: int) -> None:
+        """`width` is 8, 16 or 32 bits. Raises Unsupported if nobody answers and the ports are strict."""
         for byte in range(width // 8):
             device = self.find(port + byte, "write")
             if device:
                 device.outb(port + byte, value >> byte * 8 & 0xFF)
 
     def find(self, port: int, action: str) -> PortDevice | None:
+        """The device at `port`; None if there is none, or Unsupported if the ports are strict."""
         device = self.devices.get(port)
         if device is None and self.strict:
             raise Unsupported(f"{action} at port {port:#x}, where there is no device (x86.strictio=true)")

@@ -117,9 +117,11 @@ class Machine:
         self.cpu.interrupt_line = level
 
     def guest_reset(self) -> None:
+        """The guest has asked for a reset: for bhyve, the end of this process (exit code 0)."""
         self.stop(ExitCode.REBOOT, "rebooted by the guest")
 
     def port_devices(self) -> list[Device]:
+        """All that answer at I/O ports."""
         return [self.pic, self.pit, self.rtc, self.uart, self.port92, self.reset_control]
 
     # --- What a snapshot is made of ---------------------------------------------------------------------------------
@@ -332,6 +334,7 @@ class Machine:
         }
 
     def checkpoint(self, message: IpcMessage, stop_vm: bool) -> None:
+        """START_CHECKPOINT and START_SUSPEND: save the VM, and with `stop_vm` end it then."""
         if not self.config.get_bool("snapshot"):
             raise IpcError("this VM was started without snapshots (snapshot=false)")
         try:
@@ -340,6 +343,7 @@ class Machine:
             raise IpcError(str(error)) from error
 
     def pause_command(self, message: IpcMessage) -> None:
+        """PAUSE: the guest stands still until RESUME."""
         if self.pause.paused:
             raise IpcError("the VM is paused already")
         self.pause.vm_vcpu_pause(self.suspend_all)
@@ -348,16 +352,19 @@ class Machine:
             raise IpcError("the VM has ended")
 
     def resume_command(self, message: IpcMessage) -> None:
+        """RESUME, after PAUSE."""
         if not self.pause.paused:
             raise IpcError("the VM is not paused")
         self.pause.vm_vcpu_resume()
 
     def inject_nmi(self, message: IpcMessage) -> None:
+        """INJECT_NMI: the guest gets a non-maskable interrupt."""
         self.check_vcpu(message)
         self.cpu.nmi_pending = True
         self.kick()
 
     def status(self, message: IpcMessage) -> dict[str, Any]:
+        """STATUS: what there is to say of the VM in a few words."""
         return {
             "name": self.name,
             "pid": os.getpid(),
@@ -382,6 +389,7 @@ class Machine:
             }
 
     def registers(self, message: IpcMessage) -> dict[str, int]:
+        """REGS: all registers of the vCPU, at one instant."""
         self.check_vcpu(message)
         with self.paused():
             return self.cpu.register_values()

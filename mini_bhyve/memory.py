@@ -37,7 +37,7 @@ class GuestMemory:
     """`size` bytes of RAM (a multiple of 4096, at most 3 GiB), in a mapping of its own or in `ram`, a snapshot's.
 
     `bytes8`, `words16`, `words32` and `words64` show the same RAM by element size, indexed by address / element size:
-    the quickest way CPython has to read a little-endian number from memory.
+    the quickest way CPython has to read a number from memory. (In the host's byte order: it must be little-endian.)
     """
 
     name = "memory-map"  # in a snapshot; what the memory holds is a file of its own

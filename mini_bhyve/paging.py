@@ -45,6 +45,7 @@ class PagingMode(NamedTuple):
 
     @property
     def index_mask(self) -> int:
+        """How many entries a table has, less one."""
         return PAGE_SIZE // self.entry_bytes - 1
 
 

@@ -94,14 +94,17 @@ class Descriptor(NamedTuple):
 
     @property
     def access(self) -> int:
+        """The access rights (see the top of this file)."""
         return self.raw >> 40 & 0xF0FF
 
     @property
     def base(self) -> int:
+        """Bits 31-0 of the segment's linear address."""
         return self.raw >> 16 & 0xFFFFFF | self.raw >> 32 & 0xFF000000
 
     @property
     def limit(self) -> int:
+        """The last offset in bytes, granularity already worked in."""
         limit = self.raw & 0xFFFF | self.raw >> 32 & 0xF0000
         return limit << 12 | 0xFFF if self.access & GRANULAR else limit
 
@@ -116,13 +119,16 @@ class Descriptor(NamedTuple):
 
     @property
     def is_code(self) -> bool:
+        """A code segment."""
         return not self.is_system and self.access & CODE != 0
 
     @property
     def present(self) -> bool:
+        """Bit P: may be used; else a use is #NP (or #SS)."""
         return self.access & PRESENT != 0
 
     def segment(self, selector: int) -> Segment:
+        """What a segment register holds after it was loaded from here."""
         return Segment(selector, self.base, self.limit, self.access)
 
 
@@ -141,6 +147,7 @@ def null_segment(selector: int) -> Segment:
 
 
 def is_null(selector: int) -> bool:
+    """Whether a selector names entry 0 of the GDT, which is not used, whatever its RPL."""
     return selector & ~3 == 0
 
 

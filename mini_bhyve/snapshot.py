@@ -293,7 +293,7 @@ def meta_checksum(document: dict[str, Any]) -> str:
 class Snapshot:
     """A snapshot that has been read and found whole.
 
-    `ram` is a private mapping of the file NAME: the VM's memory is to be built on it, so that nothing is copied, and the
+    `ram` is a private mapping of the file NAME: the VM's memory is to be built on it, so nothing is copied, and the
     file is never changed. For one VM only. `kern_structs` and `devices` are the fields of each, by name.
     """
 
