@@ -327,7 +327,11 @@ class Cpu:
         self.ip = start.entry
 
     def snapshot(self, state) -> None:
-        """Everything that tells how the guest goes on. What is decoded or in the TLB is found again."""
+        """Everything that tells how the guest goes on. What is decoded or in the TLB is found again.
+
+        (In both directions, so that a VM that goes on after it was saved and its copy are alike. A guest that changed a
+        page table and has not said so yet may notice; a processor promises it no more.)
+        """
         for register, name in zip(self.regs, REGISTER_NAMES):
             register.value = state.u64(name, register.value)
         self.ip = state.u64("rip", self.ip)

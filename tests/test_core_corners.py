@@ -1,4 +1,6 @@
-"""Corners of the processor and of the run loop in which mistakes were found: each is a small program or a small race."""
+"""Corners of the processor and of the run loop in which mistakes were found: each is a small program or a small
+race.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ CODE = 0x1000
 
 
 def real_mode_cpu(program: bytes) -> Cpu:
-    """A processor in real mode, about to run `program` at 0000:1000; every interrupt vector leads to a HLT at 0000:0F00."""
+    """A processor in real mode, about to run `program` at 0000:1000; every interrupt vector leads to a HLT at
+    0000:0F00.
+    """
     memory = GuestMemory(16 << 20)
     memory.load(0, b"\x00\x0f\x00\x00" * 256)
     memory.load(0xF00, b"\xf4")
@@ -70,7 +74,8 @@ def test_far_calls_into_many_segments_leave_few_tables_behind():
     assert len(cpu.code_cache.by_ip) == 1
 
 
-# --- Paging ---------------------------------------------------------------------------------------------------------------
+# --- Paging
+# ---------------------------------------------------------------------------------------------------------------
 
 DIRECTORY, TABLE = 0x10000, 0x11000
 PAGE = 0x400000  # the linear page under test; the first 4 MiB are mapped 1:1 by one large page
@@ -145,7 +150,8 @@ def test_an_error_code_tells_exceptions_from_what_the_program_asked_for():
         assert cpu.load_stack(cpu.regs[RSP].value, 32) == expected
 
 
-# --- The run loop -------------------------------------------------------------------------------------------------------
+# --- The run loop
+# -------------------------------------------------------------------------------------------------------
 
 
 def machine_with(program: bytes, clock: str, typed: bytes = b"") -> Machine:
@@ -183,3 +189,13 @@ def test_a_paused_vm_that_is_stopped_cannot_be_paused_again():
         machine.pause_command(None)  # type: ignore[arg-type]
     vcpu.join(20)
     assert not vcpu.is_alive()
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_repeated_move_takes_as_long_whether_its_pages_are_in_the_tlb_or_not(warm):
+    cpu = real_mode_cpu(bytes.fromhex("b9 00 60  be 00 20  bf 00 80  fc  f3 a4  f4"))  # 6000h bytes, 2000h -> 8000h
+    if warm:
+        for address in range(0x2000, 0xE000, 0x1000):
+            cpu.store(address, cpu.load(address, 8), 8)
+    run_to_halt(cpu)
+    assert cpu.instructions == 4 + 6 + 1  # six stretches of 4096 elements

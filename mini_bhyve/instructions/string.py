@@ -20,8 +20,10 @@ from mini_bhyve.instructions.miscellaneous import check_port_allowed
 from mini_bhyve.memory import PAGE_SIZE
 from mini_bhyve.operands import MASKS, RAX, RCX, RDI, RDX, RSI
 
-# Elements done in one go. Between two stretches interrupts and pauses get their turn.
-STRETCH = 4096
+# Elements done in one go: between two stretches interrupts and pauses get their turn, so it should last no more than a
+# millisecond. How many it is follows from the instruction and the registers alone, never from what is in the TLB: each
+# stretch counts as one instruction, and runs must repeat.
+STRETCH, BULK_STRETCH = 256, 4096
 
 
 class StringOperation:
@@ -63,19 +65,20 @@ class StringOperation:
 def repeat(cpu, encoding, operation, one, compares=False, bulk=None):
     """Run `one(operation)` once, or under REP a stretch of times; a comparison also ends it (SDM vol. 2B, REP).
 
-    `bulk(operation)`, if given, may do several elements at once; it returns how many it did, 0 for "not here".
+    `bulk(operation, limit)`, if given, may do up to `limit` elements at once; it returns how many it did, 0 for "not
+    here".
     """
     if not encoding.repeat:
         one(operation)
         return
-    done = 0
-    while operation.count and done < STRETCH:
-        elements = bulk(operation) if bulk else 0
+    left = BULK_STRETCH if bulk and operation.step > 0 else STRETCH
+    while operation.count and left:
+        elements = bulk(operation, left) if bulk else 0
         if not elements:
             one(operation)
             elements = 1
         operation.count_down(elements)
-        done += elements
+        left -= elements
         if compares and fl.zero(cpu.flags) != (encoding.repeat == "rep"):
             return
     if operation.count:
@@ -116,8 +119,8 @@ def _lods(operation):
     operation.advance(RSI)
 
 
-def _elements_in_place(operation, registers):
-    """How many elements, upwards from each register, lie on one page of plain RAM and within their segment's limit.
+def _elements_in_place(operation, limit, registers):
+    """How many elements, `limit` at most, can be done at once: upwards, on one page of plain RAM, within the segments.
 
     The result is [count, offset in RAM ...], or None where one element at a time must do: downwards, across a page's
     end, or on pages that the TLB does not hold.
@@ -125,7 +128,7 @@ def _elements_in_place(operation, registers):
     cpu, size = operation.cpu, operation.width // 8
     if operation.step < 0:
         return None
-    count, places = min(operation.count, STRETCH), []
+    count, places = min(operation.count, limit), []
     for register, segment, writing in registers:
         offset = cpu.regs[register].value & operation.address_mask
         address = cpu.linear(segment, offset, size, writing)
@@ -140,9 +143,9 @@ def _elements_in_place(operation, registers):
     return [count, *places]
 
 
-def _movs_bulk(operation):
+def _movs_bulk(operation, limit):
     """A stretch of MOVS as one slice copy, if the destination does not overlap the source from above."""
-    place = _elements_in_place(operation, ((RSI, operation.encoding.segment, False), (RDI, seg.ES, True)))
+    place = _elements_in_place(operation, limit, ((RSI, operation.encoding.segment, False), (RDI, seg.ES, True)))
     if place is None:
         return 0
     count, source, destination = place
@@ -156,8 +159,8 @@ def _movs_bulk(operation):
     return count
 
 
-def _stos_bulk(operation):
-    place = _elements_in_place(operation, ((RDI, seg.ES, True),))
+def _stos_bulk(operation, limit):
+    place = _elements_in_place(operation, limit, ((RDI, seg.ES, True),))
     if place is None:
         return 0
     count, destination = place
