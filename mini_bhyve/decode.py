@@ -202,7 +202,7 @@ class Decoder:
             return (_undefined, (), encoding.next_ip), True
         try:
             operands = self.operands(insn, number, encoding, mode)
-        except GuestFault:  # there is no such register
+        except GuestFault:
             return (_undefined, (), encoding.next_ip), True
         leading = (self.cpu, encoding) if definition.encoded else (self.cpu,)
         # What changes a segment, control or debug register may change the mode that the rest was decoded for.
@@ -210,10 +210,15 @@ class Decoder:
         return (definition.function, (*leading, *operands), encoding.next_ip), ends_block
 
     def operands(self, insn: capstone.CsInsn, number: int, encoding: Encoding, mode: Mode) -> list[op.Operand]:
-        """The operand objects of one instruction, in the order of the manual (and of Intel's syntax)."""
+        """The operand objects of one instruction, in the order of the manual (and of Intel's syntax).
+
+        #UD if there is no such operand.
+        """
         found: list[op.Operand] = []
         for operand in insn.operands:
             if operand.type == x86.X86_OP_REG:
+                if operand.reg == x86.X86_REG_CS and number == x86.X86_INS_MOV and not found:
+                    raise undefined_opcode()  # only a jump changes CS
                 found.append(self.register(operand.reg, mode))
             elif operand.type == x86.X86_OP_MEM:
                 width = operand.size * 8 if operand.size * 8 in op.MASKS else encoding.operand_width
