@@ -1,0 +1,342 @@
+"""Every instruction, with random operands in random states, on our processor and on Unicorn's.
+
+What is compared is everything there is: registers, flags, memory, ports, and the exception with its error code where
+there is one. What the manual (Intel SDM) leaves undefined is left out, by the tables below; and where Unicorn does
+something else than the manual says, another table names it and the place.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from typing import Callable, NamedTuple
+
+import pytest
+
+pytest.importorskip("unicorn")
+
+import capstone
+from capstone import x86_const as x86
+from random_instructions import CS, SEGMENTS, Generator, Stem, Unfit, decode, disassembler, forms, opcodes
+from unicorn_tools import CODE, RCX, SIZE, WORLDS, Case, Ours, Outcome, Theirs, Unusable, World
+
+from mini_bhyve import flags as fl
+from mini_bhyve.faults import GP, UD, Unsupported
+from mini_bhyve.instructions import DEFINITIONS
+
+CASES_PER_INSTRUCTION = 25
+CASES_PER_OPCODE = 6
+CHAINS = 500
+
+# --- What the manual leaves undefined ---------------------------------------------------------------------------------
+
+ALL = fl.ARITHMETIC
+# SDM vol. 2, "Flags Affected" of each instruction; vol. 1, appendix A, has them all in one table.
+UNDEFINED_FLAGS = {
+    **dict.fromkeys(("aaa", "aas"), fl.OF | fl.SF | fl.ZF | fl.PF),
+    **dict.fromkeys(("aam", "aad"), fl.OF | fl.AF | fl.CF),
+    **dict.fromkeys(("daa", "das"), fl.OF),
+    **dict.fromkeys(("and", "or", "xor", "test"), fl.AF),
+    **dict.fromkeys(("mul", "imul"), fl.SF | fl.ZF | fl.AF | fl.PF),
+    **dict.fromkeys(("div", "idiv"), ALL),
+    **dict.fromkeys(("bt", "bts", "btr", "btc"), fl.OF | fl.SF | fl.AF | fl.PF),
+    **dict.fromkeys(("bsf", "bsr", "tzcnt", "lzcnt"), ALL & ~fl.ZF),
+}
+SHIFTS = ("shl", "sal", "shr", "sar", "shld", "shrd")
+ROTATES = ("rol", "ror", "rcl", "rcr")
+
+
+def shift_count(case: Case, insn: capstone.CsInsn) -> int:
+    width = insn.operands[0].size * 8
+    if insn.opcode[0] in (0xD0, 0xD1):
+        return 1
+    by_cl = insn.opcode[0] in (0xD2, 0xD3) or insn.opcode[:2] in ([0x0F, 0xA5], [0x0F, 0xAD])
+    count = case.registers[RCX] if by_cl else insn.bytes[-1]
+    return count & (0x3F if width == 64 else 0x1F)
+
+
+def undefined_flags(case: Case, insn: capstone.CsInsn) -> int:
+    """The flags that the manual leaves undefined after this instruction with these operands."""
+    name = insn.insn_name()
+    if name not in SHIFTS + ROTATES:
+        return UNDEFINED_FLAGS.get(name, 0)
+    count, width = shift_count(case, insn), insn.operands[0].size * 8
+    undefined = 0
+    if count > 1:
+        undefined |= fl.OF
+    if name in SHIFTS and count:
+        undefined |= fl.AF
+    if name in ("shl", "sal", "shr") and count >= width:
+        undefined |= fl.CF  # nothing is left of the operand
+    if name in ("shld", "shrd") and count > width:
+        undefined |= ALL
+    return undefined
+
+
+# Flags that are not kept alike: RF and the virtual interrupt flags mean nothing to either processor here. RF would be
+# cleared again with the next instruction (vol. 3B, 17.3.1.1), and we never set it; Unicorn never changes VIF and VIP.
+NOT_KEPT = fl.RF | fl.VIF | fl.VIP
+
+
+# --- Where Unicorn is wrong -------------------------------------------------------------------------------------------
+
+
+class Error(NamedTuple):
+    """Something that Unicorn (QEMU 5) does not do as the manual says, and how to tell that this is it."""
+
+    what: str
+    manual: str
+    names: str  # of the instructions concerned; all, if empty
+    applies: Callable[[Case, capstone.CsInsn, Outcome, Outcome], bool] = lambda case, insn, ours, theirs: True
+
+
+def through_cs(insn: capstone.CsInsn) -> bool:
+    return any(o.type == x86.X86_OP_MEM and SEGMENTS.get(o.mem.segment) == CS for o in insn.operands)
+
+
+def to_memory(insn: capstone.CsInsn) -> bool:
+    return any(operand.type == x86.X86_OP_MEM for operand in insn.operands)
+
+
+NEAR_BRANCHES = "jmp call ret loop loope loopne jrcxz jecxz jo jno jb jae je jne jbe ja js jns jp jnp jl jge jle jg"
+UNICORN_ERRORS = [
+    Error(
+        "a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.5", "",
+        lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and through_cs(insn),
+    ),
+    Error(
+        "some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",
+        lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in case.code[: case.code.index(insn.opcode[0])],
+    ),
+    Error(
+        "with a 16-bit operand size, all of EBP is changed", "vol. 2A, ENTER", "enter",
+        lambda case, insn, ours, theirs: case.code[:-3].find(0x66) >= 0 or case.world in ("real", "code16"),
+    ),
+    Error("F6 /1 and F7 /1 are refused; processors run them as TEST", "AMD vol. 3, table A-6", "test",
+          lambda case, insn, ours, theirs: insn.modrm >> 3 & 7 == 1 and theirs.vector == UD),
+    Error("the number of bytes is taken to be signed", "vol. 2B, RET", "ret retf retfq",
+          lambda case, insn, ours, theirs: case.code[-1] >= 0x80),
+    Error("the upper half of the register is kept", "vol. 2B, SMSW", "smsw"),
+    Error("with LOCK, the flags are those of the wrong number", "vol. 2B, NEG", "neg",
+          lambda case, insn, ours, theirs: ours._replace(flags=0) == theirs._replace(flags=0)),
+    Error("INT 6 is reported as an invalid opcode", "vol. 2A, INT n", "int",
+          lambda case, insn, ours, theirs: ours.vector == theirs.vector == UD),
+    Error("with a REX prefix, SPL is taken for AH", "vol. 2A, LAHF", "lahf sahf",
+          lambda case, insn, ours, theirs: any(0x40 <= byte < 0x50 for byte in case.code[:-1])),
+    Error("a 32-bit register that shall not change loses its upper half", "vol. 2A, CMPXCHG", "cmpxchg",
+          lambda case, insn, ours, theirs: case.world == "long64" and insn.operands[0].size == 4),
+    Error("REX.R is taken for a part of the opcode", "vol. 2A, 2.2.1.2", "mov",
+          lambda case, insn, ours, theirs: insn.opcode[0] in (0xC6, 0xC7) and insn.rex & 4 != 0),
+    Error("a null selector for SS needs no RPL", "vol. 2B, MOV: #GP unless RPL = CPL", "mov pop lss",
+          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and 0 < theirs.selectors[2] < 4),
+    Error("a null selector is let through", "vol. 2A, LTR: #GP(0)", "ltr",
+          lambda case, insn, ours, theirs: ours.vector == GP and ours.error_code == 0 and theirs.vector is None),
+    Error("a REX.W prefix is ignored, as on AMD's", "vol. 2A, LDS/LES/LFS/LGS/LSS", "lfs lgs lss",
+          lambda case, insn, ours, theirs: insn.rex & 8 != 0),
+    Error("in 64-bit mode a 66 prefix makes a near branch 16 bits wide, as on AMD's", "vol. 2A, CALL, Jcc, JMP, RET",
+          NEAR_BRANCHES, lambda case, insn, ours, theirs: case.world == "long64" and 0x66 in insn.prefix),
+    Error("an offset beyond the limit is noticed late, and reported with the selector", "vol. 2A, CALL", "lcall ljmp",
+          lambda case, insn, ours, theirs: ours.vector == theirs.vector == GP and ours.error_code == 0),
+    Error("ports are open to every privilege level", "vol. 1, 19.5.2", "in out insb insw insd outsb outsw outsd",
+          lambda case, insn, ours, theirs: case.world == "user32" and ours.vector == GP),
+]  # fmt: skip
+
+# What is not compared at all.
+NOT_COMPARED = {
+    "cpuid": "says what our processor is, and it is another one than Unicorn's",
+    "rdtsc": "tells our time",
+}
+
+
+def known_error(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> Error | None:
+    """Which of Unicorn's errors it is, if it is one."""
+    for error in UNICORN_ERRORS:
+        if (not error.names or insn.insn_name() in error.names.split()) and error.applies(case, insn, ours, theirs):
+            return error
+    return None
+
+
+def found_no_bit(case: Case, insn: capstone.CsInsn, ours: Outcome) -> bool:
+    """The source of a bit scan was zero: then the destination is undefined (vol. 2A, BSF)."""
+    return insn.insn_name() in ("bsf", "bsr", "tzcnt", "lzcnt") and ours.flags & fl.ZF != 0
+
+
+# --- Comparing --------------------------------------------------------------------------------------------------------
+
+
+def differences(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> list[str]:
+    """What is not alike, as far as it is defined."""
+    world, found = WORLDS[case.world], []
+    for field in ("vector", "error_code", "ip", "selectors", "controls", "written"):
+        if getattr(ours, field) != getattr(theirs, field):
+            found.append(f"{field}: {getattr(ours, field)}, not {getattr(theirs, field)}")
+    # Outside 64-bit mode nothing is said of the upper halves (vol. 1, 3.4.1.1).
+    left_64bit = world.bits == 64 and ours.selectors[CS] & ~3 != world.selectors[CS]
+    mask = 0xFFFFFFFF if left_64bit or found_no_bit(case, insn, ours) else -1
+    for index, (mine, other) in enumerate(zip(ours.registers, theirs.registers)):
+        if (mine ^ other) & mask:
+            found.append(f"register {index}: {mine:#x}, not {other:#x}")
+    compared = ~NOT_KEPT & ~(undefined_flags(case, insn) if ours.vector is None else 0)
+    if (ours.flags ^ theirs.flags) & compared:
+        found.append(f"flags: {ours.flags & compared:#x}, not {theirs.flags & compared:#x}")
+    if ours.memory != theirs.memory:
+        places = [place for place in range(SIZE) if ours.memory[place] != theirs.memory[place]]
+        found.append(
+            "memory: " + ", ".join(f"{ours.memory[p]:02x} at {p:x}, not {theirs.memory[p]:02x}" for p in places[:8])
+        )
+    return found
+
+
+class Comparison:
+    """Both processors in one world, and what has come out so far."""
+
+    def __init__(self, world: World):
+        self.ours, self.theirs = Ours(world), Theirs(world)
+        self.compared: collections.Counter[int] = collections.Counter()  # by capstone's number of the instruction
+        self.completed: collections.Counter[int] = collections.Counter()  # and those that raised no exception
+        self.failures: list[str] = []
+
+    def run(self, case: Case, insn: capstone.CsInsn) -> None:
+        if insn.insn_name() in NOT_COMPARED:
+            return
+        try:
+            theirs = self.theirs.run(case)
+        except Unusable:
+            return
+        ours = self.ours.run(case)
+        found = differences(case, insn, ours, theirs)
+        if found and not known_error(case, insn, ours, theirs):
+            self.failures.append(f"{insn.mnemonic} {insn.op_str}: {'; '.join(found)}\n    {case!r}")
+        self.compared[insn.id] += 1
+        self.completed[insn.id] += ours.vector is None
+
+
+# What never gets through, and where: there its exception alone is compared.
+ALWAYS_FAULT = {
+    "": "int int3 ud0 ud1 ud2",
+    "real": "arpl lar lldt lsl ltr sldt str verr verw",
+    "user32": "clts cli hlt in insb insd insw invd invlpg lgdt lidt lldt lmsw ltr out outsb outsd outsw rdmsr sti "
+    "wbinvd wbnoinvd wrmsr",
+}
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_an_instruction_does_what_it_does_on_unicorn(world):
+    comparison = Comparison(world)
+    generator = Generator(world, "one instruction")
+    for stems in forms(world.bits).values():
+        for _ in range(CASES_PER_INSTRUCTION):
+            with contextlib.suppress(Unfit):
+                comparison.run(*generator.case(generator.random.choice(stems)))
+    assert not comparison.failures, "\n".join(comparison.failures[:20])
+    fault = (ALWAYS_FAULT[""] + " " + ALWAYS_FAULT.get(world.name, "")).split()
+    never = {name_of(number) for number in forms(world.bits) if not comparison.completed[number]}
+    assert never - set(NOT_COMPARED) - set(fault) == set()
+
+
+def test_every_definition_is_compared_in_some_mode():
+    reached = set().union(*(forms(bits) for bits in (16, 32, 64)))
+    assert {name_of(number) for number in DEFINITIONS} == {name_of(number) for number in reached}
+
+
+def name_of(number: int) -> str:
+    return disassembler(64).insn_name(number)
+
+
+# --- Several instructions in a row: flags that were left for later ----------------------------------------------------
+
+CONDITIONS = "o no b ae e ne be a s ns p np l ge le g".split()
+# Two vocabularies, since an instruction that reads a flag must not follow one that leaves it undefined: AF after
+# logical instructions and shifts, OF after DAA and DAS.
+WITHOUT_AF = (
+    "add adc sub sbb cmp neg inc dec and or xor test xadd cmpxchg rol ror rcl rcr shl shr sar clc stc cmc".split()
+    + [f"set{c}" for c in CONDITIONS] + [f"cmov{c}" for c in CONDITIONS]
+)  # fmt: skip
+WITHOUT_OF = "add adc sub sbb cmp neg inc dec rol ror rcl rcr clc stc cmc daa das lahf sahf xadd".split()
+
+
+def chain(generator: Generator, names: list[str], length: int) -> tuple[bytes, int]:
+    """Code of instructions that work on registers, shifts by one bit only, and how many they are."""
+    number_of = {name_of(number): number for number in forms(generator.world.bits)}
+    usable = [name for name in names if name in number_of]
+    code, count = b"", 0
+    while count < length:
+        stems = forms(generator.world.bits)[number_of[generator.random.choice(usable)]]
+        candidates = [
+            stem
+            for stem in stems
+            if (stem.modrm is None or stem.modrm >= 0xC0)
+            and stem.opcode not in (b"\xc0", b"\xc1", b"\xd2", b"\xd3")
+            and not (stem.opcode in (b"\xf6", b"\xf7") and stem.modrm & 0x38 == 8)  # one of Unicorn's errors
+        ]
+        encoded = generator.encode(generator.random.choice(candidates))
+        insn = decode(encoded, generator.world.bits)
+        if insn is None or name_of(insn.id) not in names or any(o.type == x86.X86_OP_MEM for o in insn.operands):
+            continue
+        if generator.wide and insn.insn_name() in ("lahf", "sahf", "cmpxchg"):  # one more
+            continue
+        code, count = code + encoded[: insn.size], count + 1
+    return code, count
+
+
+@pytest.mark.parametrize("world", [WORLDS["real"], WORLDS["flat32"], WORLDS["long64"]], ids=lambda world: world.name)
+@pytest.mark.parametrize("names, undefined", [(WITHOUT_AF, fl.AF), (WITHOUT_OF, fl.OF)], ids=["no AF", "no OF"])
+def test_flags_cross_from_one_instruction_to_the_next(world, names, undefined):
+    ours, theirs = Ours(world), Theirs(world)
+    generator = Generator(world, "chains")
+    for _ in range(CHAINS):
+        code, count = chain(generator, names, generator.random.randrange(2, 9))
+        case = Case(world.name, code, tuple(generator.registers()), generator.flags(), instructions=count)
+        mine, other = ours.run(case), theirs.run(case)
+        mask = ~undefined
+        text = "; ".join(f"{insn.mnemonic} {insn.op_str}" for insn in disassembler(world.bits).disasm(code, CODE))
+        assert mine._replace(flags=mine.flags & mask) == other._replace(flags=other.flags & mask), (text, case)
+
+
+# --- What is no instruction -------------------------------------------------------------------------------------------
+
+# Opcodes at which one of the two does not know its way about.
+NOT_DECODED_ALIKE = {
+    b"\x8f": "Unicorn takes POP with any number in bits 5-3 of ModRM; only 0 is one (vol. 2D, table A-6)",
+    b"\xf6": "Unicorn does not know F6 /1, an alias of TEST",
+    b"\xf7": "Unicorn does not know F7 /1, an alias of TEST",
+    b"\x0f\xbc": "capstone does not know BSF with an idle F2 prefix",
+    b"\x0f\xbd": "capstone does not know BSR with an idle F2 prefix",
+    b"\x90": "capstone does not know NOP with both a 66 and an F3 prefix",
+    b"\x63": "capstone does not know MOVSXD with an idle F2 or F3 prefix",
+    **{b"\x0f" + bytes([n]): "capstone does not know Jcc with both an idle 66 and an idle F2 or F3 prefix"
+       for n in range(0x80, 0x90)},
+    **{b"\x0f" + bytes([n]): "capstone does not know all of the hints that are set aside here (vol. 2D, table A-3)"
+       for n in (0x0D, *range(0x18, 0x20))},
+    b"\xff": "Unicorn reads the operand of FF /7 before it finds that there is no such instruction",
+    b"\xc6": "Unicorn takes MOV with any number in bits 5-3 of ModRM",
+    b"\xc7": "Unicorn takes MOV with any number in bits 5-3 of ModRM",
+}  # fmt: skip
+# Opcodes of units that our processor does not have; a VM that gets there ends.
+OTHER_UNITS = (
+    [bytes([n]) for n in (0xC4, 0xC5, 0x62, *range(0xD8, 0xE0))]  # VEX, EVEX; x87
+    + [b"\x0f" + bytes([n]) for n in (0x0F, 0xAE, 0xC3, 0xF7, *range(0x10, 0x18), *range(0x28, 0x30), 0x38, 0x3A)]
+    + [b"\x0f" + bytes([n]) for n in (*range(0x50, 0x80), *range(0xC2, 0xC7), *range(0xD0, 0xFF))]
+)
+
+
+@pytest.mark.parametrize("world", [WORLDS["real"], WORLDS["flat32"], WORLDS["long64"]], ids=lambda world: world.name)
+def test_bytes_that_are_no_instruction_are_an_invalid_opcode(world):
+    ours, theirs = Ours(world), Theirs(world)
+    generator = Generator(world, "any bytes")
+    invalid = 0
+    for opcode in opcodes(world.bits):
+        if opcode in NOT_DECODED_ALIKE or opcode in OTHER_UNITS:
+            continue
+        for _ in range(CASES_PER_OPCODE):
+            code = generator.encode(Stem(b"", opcode, None))
+            if 0xF0 in code[: code.index(opcode[0])]:
+                continue  # LOCK: one of Unicorn's errors
+            insn = decode(code, world.bits)
+            case = Case(world.name, code[: insn.size] if insn else code, tuple(generator.registers()), 2)
+            with contextlib.suppress(Unusable, Unsupported):
+                mine = ours.run(case).vector
+                other = theirs.run(case).vector
+                assert (mine == UD) == (other == UD), case
+                invalid += mine == UD
+    assert invalid
