@@ -244,7 +244,8 @@ def run_vm(config: Config, snapshot_path: str | None) -> int:
             finally:
                 server.close()
     # On a terminal the guest may have stopped in the middle of a line.
-    print("\n" * console.is_terminal + f"{machine.name}: {machine.reason}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, os.fsencode("\n" * console.is_terminal + f"{machine.name}: {machine.reason}\n"))
     return exit_code
 
 
