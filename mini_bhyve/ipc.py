@@ -350,8 +350,8 @@ class IpcServer:
 
     def close(self) -> None:
         """End the thread: the request being served is finished and answered, those that wait are refused."""
-        self.unlink()
         self.ending = True
+        self.unlink()
         with contextlib.suppress(OSError):  # a full queue wakes the thread as well
             self._knock.send(b"", socket.MSG_DONTWAIT)
         self._thread.join()
