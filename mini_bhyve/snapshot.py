@@ -402,7 +402,7 @@ def parse_meta(path: str, text: bytes) -> dict[str, Any]:
         if meta_checksum(document) != checksums.get("meta"):
             raise SnapshotError(f"{path} is damaged or was edited: it does not have the SHA-256 that it says")
     except (ValueError, RecursionError) as error:
-        raise SnapshotError(f"{path} is not JSON ({error})") from error
+        raise SnapshotError(f"{path} is not JSON") from error
 
     for name in ("ram", "kern"):
         _member(path, checksums, name, str)
