@@ -46,7 +46,7 @@ def shl(cpu, dst, count=None):
 
 @instruction("shr", data_decides=True)
 def shr(cpu, dst, count=None):
-    """SHR. OF is, for a count of 1, the sign that was."""
+    """SHR. OF is, for a count of 1, the sign that was; beyond that it is undefined, and processors give 0."""
     width = dst.width
     n = _count(count, width)
     a = dst.value
@@ -55,7 +55,7 @@ def shr(cpu, dst, count=None):
         return
     result = a >> n
     dst.value = result
-    cpu.flags = (SHIFT, a >> (n - 1) & 1, a >> (width - 1), result, width)
+    cpu.flags = (SHIFT, a >> (n - 1) & 1, a >> (n - 1) >> (width - 1), result, width)
 
 
 @instruction("sar", data_decides=True)
@@ -112,11 +112,12 @@ def ror(cpu, dst, count=None):
 def rcl(cpu, dst, count=None):
     """RCL rotates width + 1 bits: the carry flag above the operand."""
     width = dst.width
-    n = _count(count, width) % (width + 1)
+    n = _count(count, width)
     a = dst.value | carry(cpu.flags) << width
     if n == 0:
         _keep(dst)
         return
+    n %= width + 1
     whole = (a << n | a >> (width + 1 - n)) & ((1 << (width + 1)) - 1)
     result = whole & dst.mask
     dst.value = result
@@ -126,11 +127,12 @@ def rcl(cpu, dst, count=None):
 @instruction("rcr", data_decides=True)
 def rcr(cpu, dst, count=None):
     width = dst.width
-    n = _count(count, width) % (width + 1)
+    n = _count(count, width)
     a = dst.value | carry(cpu.flags) << width
     if n == 0:
         _keep(dst)
         return
+    n %= width + 1
     whole = (a >> n | a << (width + 1 - n)) & ((1 << (width + 1)) - 1)
     result = whole & dst.mask
     dst.value = result
