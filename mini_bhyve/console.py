@@ -14,21 +14,24 @@ for the user begins with Ctrl-A:
                                 |
                                 +--- Ctrl-A x: leave, Ctrl-A h: help
 
-The thread is there because the user must be able to leave also when the guest reads no input, or is paused.
+The thread is there because the user must be able to leave also when the guest reads no input, or is paused. However
+the VM ends, the terminal is as before: what a process that was killed cannot do any more, its guard does (`Guard`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import select
+import signal
 import socket
 import stat
 import sys
 import termios
 import threading
-from typing import Callable
+from typing import Callable, NoReturn
 
 ESCAPE = 0x01  # Ctrl-A
 
@@ -164,6 +167,73 @@ class DescriptorConsole(Console):
         self._unblocked = True
 
 
+# The local modes of a cooked terminal: echo, editing of the line, and keys that raise signals.
+COOKED = termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG
+
+# The guard closes the descriptors below this one. The limit of the process may be a thousand million, but when a VM
+# starts it has a handful of descriptors, and they are the lowest.
+DESCRIPTORS = 1024
+
+
+class Guard:
+    """A second process, which restores the terminal if ours dies before it can: of SIGKILL, SIGSEGV, a SIGUSR1.
+
+        VM --- the mode to restore, or null: nothing to do ---> guard --- when the pipe ends ---> terminal
+
+    However a process dies, the kernel closes its descriptors. Only the VM holds the pipe's upper end, so the lower one
+    comes to its end when the VM does. Whoever was waiting for the VM may see the restored mode a moment later.
+    """
+
+    def __init__(self, terminal_fd: int) -> None:
+        """Fork. Not to be called when there are threads: the child would find locks held by threads it has not got.
+
+        Raises OSError.
+        """
+        pipe_out, self._pipe_in = os.pipe()  # not inheritable: a program that the VM starts does not keep it open
+        # No signal is for the guard, and none may come before it has said so.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._pid = os.fork()
+            if self._pid == 0:
+                os.close(self._pipe_in)  # or we would wait for ourselves
+                self._stand_guard(pipe_out, terminal_fd)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(pipe_out)
+
+    @staticmethod
+    def _stand_guard(pipe_fd: int, terminal_fd: int) -> NoReturn:
+        try:
+            # A session of its own, because a shell's `kill -KILL %1` is for the VM's whole process group.
+            os.setsid()
+            # What the VM has open must not stay open through us: a reader of its output waits for the end.
+            for fd in set(range(DESCRIPTORS)) - {pipe_fd, terminal_fd}:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            mode = None
+            with open(pipe_fd, "rb") as told:
+                for line in told:
+                    mode = json.loads(line)
+            # If the terminal is not raw any more, the shell was quicker, and its mode is the right one.
+            if mode is not None and not termios.tcgetattr(terminal_fd)[3] & COOKED:
+                termios.tcsetattr(terminal_fd, termios.TCSANOW, mode)
+        finally:
+            # Whatever happened (the terminal may have been hung up): this process never returns to the VM's code.
+            os._exit(0)
+
+    def restore(self, mode: list | None) -> None:
+        """What to do, from now on, when the VM dies: restore this mode (of termios.tcgetattr), or nothing."""
+        line = json.dumps(mode, default=ord).encode() + b"\n"  # ord: control characters are bytes of length 1
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed the guard; the VM can do without
+            os.write(self._pipe_in, line)  # all or nothing, since it is shorter than PIPE_BUF
+
+    def close(self) -> None:
+        """The VM ends in order: dismiss the guard."""
+        os.close(self._pipe_in)
+        with contextlib.suppress(ChildProcessError):  # we were started to ignore SIGCHLD: the kernel has reaped it
+            os.waitpid(self._pid, 0)
+
+
 class RawMode:
     """Raw mode of one terminal: every key arrives at once, unchanged, without echo, and none raises a signal.
 
@@ -171,8 +241,11 @@ class RawMode:
     """
 
     def __init__(self, fd: int) -> None:
+        """Raises OSError."""
         self._fd = fd
         self._saved: list | None = None
+        # Here and not in `enter`: the console is opened before the VM has its threads, and its memory to be copied.
+        self._guard = Guard(fd)
 
     def in_foreground(self) -> bool:
         """Whether job control lets us use the terminal: in the background a read or a mode change stops the process."""
@@ -188,10 +261,11 @@ class RawMode:
         with contextlib.suppress(termios.error):  # a terminal that was hung up
             if self._saved is None:
                 self._saved = termios.tcgetattr(self._fd)
+                self._guard.restore(self._saved)
             iflag, oflag, cflag, lflag, ispeed, ospeed, cc = self._saved
             iflag &= ~(termios.BRKINT | termios.ICRNL | termios.IGNCR | termios.INLCR | termios.ISTRIP | termios.IXON)
             cflag = cflag & ~(termios.CSIZE | termios.PARENB) | termios.CS8
-            lflag &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
+            lflag &= ~COOKED
             cc = list(cc)
             cc[termios.VMIN], cc[termios.VTIME] = 1, 0
             termios.tcsetattr(self._fd, termios.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, cc])
@@ -202,6 +276,12 @@ class RawMode:
             with contextlib.suppress(termios.error):
                 termios.tcsetattr(self._fd, termios.TCSANOW, self._saved)
         self._saved = None
+        self._guard.restore(None)
+
+    def close(self) -> None:
+        """`leave`, for good."""
+        self.leave()
+        self._guard.close()
 
 
 class TerminalConsole(DescriptorConsole):
@@ -229,7 +309,7 @@ class TerminalConsole(DescriptorConsole):
         if self._thread.ident is not None:  # it was started
             os.write(self._quit_in, b"q")
             self._thread.join()
-        self._raw.leave()
+        self._raw.close()
         for fd in (self._quit_in, self._quit_out, self._pipe_in, self._pipe_out):
             os.close(fd)
         self._input_fd = None
@@ -305,7 +385,7 @@ class DeviceConsole(DescriptorConsole):
         self._raw.enter()
 
     def __exit__(self, *_: object) -> None:
-        self._raw.leave()
+        self._raw.close()
         os.close(self._fd)
         self._input_fd = self._output_fd = None
 

@@ -18,6 +18,7 @@ import tempfile
 import termios
 import threading
 import time
+import tty
 from pathlib import Path
 
 import pytest
@@ -349,8 +350,11 @@ class VmOnTerminal:
         self.before = termios.tcgetattr(self.terminal)
         self.shown = b""
         # The session's leader takes the terminal, then becomes the VM. (preexec_fn would not do under PyPy's threads.)
+        # A test that kills it wants no core file.
         take = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+            "import fcntl, os, resource, sys, termios\n"
+            "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", take, *arguments],
@@ -437,6 +441,34 @@ def test_a_signal_powers_the_vm_off_and_the_terminal_is_as_it_was(on_terminal, r
     assert vm.mode() == vm.before
     assert f"signalled: powered off by {number.name}".encode() in vm.shown
     assert not os.path.exists(os.path.join(run_dir, "signalled"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_a_signal_that_kills_the_vm_on_the_spot_leaves_the_terminal_as_it_was(on_terminal, number, kill):
+    vm = on_terminal().runs()
+    kill(vm.process.pid, number)
+    assert vm.exit_code() == -number
+    vm.until(lambda: vm.mode() == vm.before, seconds=5)
+
+
+def test_a_vm_that_is_killed_while_it_is_stopped_leaves_the_terminal_to_whoever_has_it_now(on_terminal):
+    vm = on_terminal().runs()
+    vm.process.send_signal(signal.SIGTSTP)
+    assert os.WIFSTOPPED(os.waitpid(vm.process.pid, os.WUNTRACED)[1])
+    tty.setraw(vm.terminal)  # another VM, say
+    raw = vm.mode()
+    vm.process.kill()
+    vm.process.wait()
+    time.sleep(0.3)
+    assert vm.mode() == raw
+
+
+def test_python_does_not_warn_that_the_vm_forks_the_guard_of_its_terminal_when_it_has_threads(on_terminal, run_dir):
+    vm = on_terminal(instead=[sys.executable, "-W", "always", *command(run_dir)[1:]]).runs()
+    vm.type(b"\x01x")
+    assert vm.exit_code() == POWEROFF
+    assert b"fork" not in vm.shown
 
 
 def test_a_crash_of_the_machine_leaves_the_terminal_as_it_was_and_is_no_exit_code_of_the_guest(on_terminal, run_dir):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import stat
 import tempfile
@@ -295,6 +296,10 @@ def test_where_somebody_listens_already_the_console_is_the_client(socket_path):
 
 # --- Terminals ---
 
+# pytest-xdist runs tests in processes that have threads. The VM forks its guard before it has any, which a test of
+# the command line shows.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 
 @pytest.fixture
 def terminal():
@@ -328,6 +333,63 @@ def test_a_terminal_is_restored_after_an_exception(terminal):
         console.start()
         raise ZeroDivisionError
     assert termios.tcgetattr(vm) == before
+
+
+@pytest.fixture
+def guards(monkeypatch):
+    """The process ids of the guards of the consoles that a test opens."""
+    fork = os.fork
+    forked: list[int] = []
+
+    def recorded_fork() -> int:
+        forked.append(fork())
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", recorded_fork)
+    return forked
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_the_guard_of_a_terminal_is_gone_when_the_console_is_closed(terminal, guards, started):
+    _, vm = terminal
+    with TerminalConsole(vm, vm) as console:
+        if started:
+            console.start()
+        assert os.waitpid(guards[0], os.WNOHANG) == (0, 0), "it stands guard"
+    with pytest.raises(ChildProcessError):
+        os.waitpid(guards[0], 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP])
+def test_no_signal_that_is_for_the_vm_ends_or_stops_its_guard(terminal, guards, number):
+    _, vm = terminal
+    with TerminalConsole(vm, vm) as console:
+        console.start()
+        os.kill(guards[0], number)
+        time.sleep(0.05)
+        assert os.waitpid(guards[0], os.WNOHANG | os.WUNTRACED) == (0, 0)
+
+
+def test_a_vm_whose_guard_was_killed_goes_on_and_still_restores_the_terminal_itself(terminal, guards):
+    user, vm = terminal
+    before = termios.tcgetattr(vm)
+    with TerminalConsole(vm, vm) as console:
+        os.kill(guards[0], signal.SIGKILL)
+        os.waitpid(guards[0], 0)
+        console.start()
+        os.write(user, b"key")
+        assert is_raw(vm) and read_all(console, 3) == b"key"
+    assert termios.tcgetattr(vm) == before
+
+
+def test_the_guard_keeps_nothing_open_that_the_vm_closes(terminal, pipe):
+    _, vm = terminal
+    reader, writer = pipe
+    with TerminalConsole(vm, vm) as console:
+        console.start()
+        os.close(writer)
+        assert soon(lambda: select.select([reader], [], [], 0)[0]), "the end of the pipe"
+        assert os.read(reader, 1) == b""
 
 
 def test_every_byte_but_the_escape_reaches_the_guest_unchanged(terminal):
