@@ -30,7 +30,7 @@ from mini_bhyve.faults import DF, GP, NP, PF, SS, TS, UD, GuestFault
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import MASKS
-from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME
+from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, MSR_EFER
 
 SIZE = 0x40000
 GDT, PAGE_TABLES, CODE, DATA = 0x800, 0x1000, 0x8000, 0xA000
@@ -87,6 +87,7 @@ DESCRIPTORS = [
     descriptor(0, 0xFFFFF, 0xB3, 0xC),  # E0 data for level 1
     descriptor(0x1234, 0xFFFFF, 0xF3, 0xC),  # E8 what FS holds at level 3
     descriptor(0x2345, 0xFFFFF, 0xF3, 0xC),  # F0 and GS
+    descriptor(0, 0xFFFFF, 0xFB, 0xA),  # F8 64-bit code for level 3
 ]
 
 
@@ -118,14 +119,15 @@ WORLDS = {
         World("based32", 32, (0x30, 0x08, 0x38, 0x28, 0x40, 0x48)),
         World("code16", 16, (0x60, 0x58, 0x60, 0x60, 0x40, 0x48)),
         World("user32", 32, (0x23, 0x1B, 0x23, 0x23, 0xEB, 0xF3), cpl=3),
+        World("user64", 64, (0, 0xFB, 0x23, 0, 0, 0), cpl=3),
         World("long64", 64, (0, 0x50, 0x10, 0, 0, 0)),
     )
 }
 # In 64-bit mode paging is on, and every address (below 2 MiB) mapped to itself: PML4, PDPT, PD.
 LONG_MODE_TABLES = (
-    (PAGE_TABLES, PAGE_TABLES + 0x1023),
-    (PAGE_TABLES + 0x1000, PAGE_TABLES + 0x2023),
-    (PAGE_TABLES + 0x2000, 0xE3),
+    (PAGE_TABLES, PAGE_TABLES + 0x1027),
+    (PAGE_TABLES + 0x1000, PAGE_TABLES + 0x2027),
+    (PAGE_TABLES + 0x2000, 0xE7),
 )
 FS_BASE, GS_BASE = 0x1234, 0x2345  # in 64-bit mode; elsewhere the descriptors say so
 
@@ -140,6 +142,8 @@ class Case(NamedTuple):
     memory: tuple[tuple[int, bytes], ...] = ()  # what differs from the usual content
     instructions: int = 1
     repeats: bool = False  # has a REP prefix
+    start: int = CODE  # linear address of the first instruction
+    controls: tuple[int, int, int, int] | None = None  # CR0, CR3, CR4, EFER, where they are not the world's
 
 
 class Outcome(NamedTuple):
@@ -200,10 +204,12 @@ class Ours:
 
     def run(self, case: Case) -> Outcome:
         cpu = self.cpu
+        for frame in list(cpu.mmu.code_frames):
+            cpu.code_cache.drop(frame << 12, 1 << 12)
         self.memory.bytes8[:SIZE] = usual_memory()
         for address, data in case.memory:
             self.memory.load(address, data)
-        cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer = self.controls
+        cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer = case.controls or self.controls
         cpu.cr2, cpu.halted, cpu.attention = 0, False, False
         cpu.gdtr_base, cpu.gdtr_limit, cpu.idtr_base, cpu.idtr_limit = GDT, len(DESCRIPTORS) * 8 - 1, 0, 0x3FF
         cpu.kernel_gs_base, cpu.debug_registers[:4] = 0, [0] * 4
@@ -214,8 +220,8 @@ class Ours:
         cpu.update_mode()
         for register, value in zip(cpu.regs, case.registers):
             register.value = value & MASKS[64 if self.world.bits == 64 else 32]
-        cpu.store_physical(CODE, case.code + HLT)
-        cpu.ip = CODE - cpu.segments[seg.CS].base
+        self.memory.load(CODE, case.code + HLT)
+        cpu.ip = case.start - cpu.segments[seg.CS].base
         self.port_device.written.clear()
         raised: list[tuple[int, int]] = []
 
@@ -289,8 +295,9 @@ class Theirs:
         else:
             for register, selector in zip(SEGMENTS, world.selectors):
                 self.uc.reg_write(register, selector)
-        if world.bits == 64:
+        if world.bits == 64 and not world.cpl:
             self.load_stack_segment(world.selectors[seg.SS_])
+        if world.bits == 64:
             self.uc.reg_write(uc.UC_X86_REG_FS_BASE, FS_BASE)
             self.uc.reg_write(uc.UC_X86_REG_GS_BASE, GS_BASE)
         cr0, _, cr3, cr4 = world.controls
@@ -304,12 +311,13 @@ class Theirs:
     def go_to_level_3(self) -> None:
         """Writing a selector does not change the privilege level; an IRET does. The data segments can follow then."""
         es, cs, ss, ds, fs, gs = self.world.selectors
-        for register, selector in zip(SEGMENTS, (0x10, 0x08, 0x10, 0x10, fs, gs)):
+        wide = self.world.bits == 64
+        for register, selector in zip(SEGMENTS, (0x10, 0x50 if wide else 0x08, 0x10, 0x10, fs, gs)):
             self.uc.reg_write(register, selector)
         frame = (CODE, cs, 2, DATA, ss)
-        self.uc.mem_write(DATA, b"".join(value.to_bytes(4, "little") for value in frame))
-        self.uc.mem_write(CODE, b"\xcf")
-        self.uc.reg_write(uc.UC_X86_REG_ESP, DATA)
+        self.uc.mem_write(DATA, b"".join(value.to_bytes(8 if wide else 4, "little") for value in frame))
+        self.uc.mem_write(CODE, b"\x48\xcf" if wide else b"\xcf")
+        self.uc.reg_write(uc.UC_X86_REG_RSP if wide else uc.UC_X86_REG_ESP, DATA)
         self.uc.emu_start(CODE, 0, count=1)
         self.uc.reg_write(uc.UC_X86_REG_DS, ds)
         self.uc.reg_write(uc.UC_X86_REG_ES, es)
@@ -339,24 +347,34 @@ class Theirs:
         self.ram[CODE : CODE + len(case.code) + 1] = case.code + HLT
         self.uc.context_restore(self.beginning)
         self.uc.ctl_remove_cache(CODE, CODE + 0x200)
+        if case.controls:
+            cr0, cr3, cr4, efer = case.controls
+            for register, value in ((uc.UC_X86_REG_CR3, cr3), (uc.UC_X86_REG_CR4, cr4)):
+                self.uc.reg_write(register, value)
+            self.uc.reg_write(uc.UC_X86_REG_MSR, (MSR_EFER, efer))
+            self.uc.reg_write(uc.UC_X86_REG_CR0, cr0)
         self.uc.reg_write_batch(list(zip(self.registers, case.registers)))
         self.uc.reg_write(uc.UC_X86_REG_EFLAGS, case.flags)
         self.vectors.clear()
         self.port_device.written.clear()
-        vector, error_code = None, 0
+        vector, error_code, fetched = None, 0, True
         try:
             if case.instructions == 1 and not case.repeats:
-                self.uc.emu_start(CODE, 0, count=1)
+                self.uc.emu_start(case.start, 0, count=1)
             else:  # Unicorn counts each round of a REP; the code has no jumps, so it ends at its end
-                self.uc.emu_start(CODE, CODE + len(case.code), count=MAX_ROUNDS)
+                self.uc.emu_start(case.start, case.start + len(case.code), count=MAX_ROUNDS)
         except unicorn.UcError as error:
             if error.errno == unicorn.UC_ERR_INSN_INVALID:
                 vector = UD
             elif error.errno in UNMAPPED:
                 raise Unusable(str(error)) from None
-            elif error.errno != unicorn.UC_ERR_FETCH_UNMAPPED:  # that is the next instruction's business
+            elif error.errno == unicorn.UC_ERR_FETCH_UNMAPPED:
+                fetched = False  # the next instruction's business, unless there was none yet
+            else:
                 raise
         ip = self.uc.reg_read(uc.UC_X86_REG_RIP if self.world.bits == 64 else uc.UC_X86_REG_EIP)
+        if not fetched and ip == case.start:
+            raise Unusable("no code")
         if self.vectors and not self.at_target(case, ip):
             vector = self.vectors[0]
             error_code = self.error_code() if vector in WITH_ERROR_CODE else 0
@@ -374,7 +392,7 @@ class Theirs:
 
     def at_target(self, case: Case, ip: int) -> bool:
         """A jump has gone well, but Unicorn looks at the code there before it stops, and found none."""
-        start = 0 if self.world.real else CODE
+        start = 0 if self.world.real else case.start
         elsewhere = ip not in (start, start + len(case.code))
         elsewhere |= self.uc.reg_read(uc.UC_X86_REG_CS) != self.world.selectors[seg.CS]
         found = case.instructions == 1 and self.vectors[0] in (GP, PF) and elsewhere
