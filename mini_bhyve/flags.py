@@ -40,8 +40,8 @@ EXPLICIT, ADD, SUB, ADC, SBB, LOGIC, INC, DEC, SHIFT = range(9)
 
 FlagSource = tuple[int, int, int, int, int]
 
-# PF looks at the low byte only: 1 where the number of set bits is even.
-EVEN_PARITY = tuple(bin(byte).count("1") % 2 == 0 for byte in range(256))
+# Bit n is 1 if n, a number of four bits, has an even number of ones.
+EVEN_PARITY = 0b1001_0110_0110_1001
 
 
 def zero(flags):
@@ -65,7 +65,8 @@ def parity(flags):
     kind, a, _, result, _ = flags
     if kind == EXPLICIT:
         return a & PF != 0
-    return EVEN_PARITY[result & 0xFF]
+    # Two bits that are folded onto each other cancel out if both are set.
+    return EVEN_PARITY >> ((result ^ result >> 4) & 0xF) & 1 != 0
 
 
 def carry(flags):

@@ -69,8 +69,13 @@ def instruction(
 
 
 def choose(condition, if_true, if_false):
-    """`if_true` where the guest's condition holds, else `if_false`: the conditional move of this language."""
-    return if_true if condition else if_false
+    """`if_true` where the guest's condition holds, else `if_false`: the conditional move of this language.
+
+    A condition that is a symbol is not asked whether it holds: it makes the choice itself.
+    """
+    if isinstance(condition, int):
+        return if_true if condition else if_false
+    return condition.choose(if_true, if_false)
 
 
 def sign_extend(value, from_width: int, to_width: int):

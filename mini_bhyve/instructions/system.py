@@ -7,7 +7,16 @@ from mini_bhyve.faults import NM, GuestFault, general_protection, undefined_opco
 from mini_bhyve.flags import EXPLICIT, ZF, arithmetic_flags
 from mini_bhyve.instructions.definition import instruction
 from mini_bhyve.operands import RAX, RCX, RDX, Memory
-from mini_bhyve.registers import CR0_MP, CR0_TS, CR4_TSD, MSR_EFER, MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE, MSR_TSC
+from mini_bhyve.registers import (
+    CR0_MP,
+    CR0_TS,
+    CR4_TSD,
+    MSR_EFER,
+    MSR_FS_BASE,
+    MSR_GS_BASE,
+    MSR_KERNEL_GS_BASE,
+    MSR_TSC,
+)
 
 
 def _privileged(cpu):
