@@ -297,6 +297,8 @@ class TerminalConsole(DescriptorConsole):
         self._terminal_fd = terminal_fd
         self._raw = RawMode(terminal_fd)
         self._escaped = False  # the last key was Ctrl-A
+        self._changing_mode = threading.Lock()
+        self._stopped = False  # by job control: the terminal thread must not make it raw again
         self._quit_out, self._quit_in = os.pipe()
         self._thread = threading.Thread(target=self._terminal_thread, name="terminal", daemon=True)
 
@@ -315,16 +317,22 @@ class TerminalConsole(DescriptorConsole):
         self._input_fd = None
 
     def suspend(self) -> None:
-        self._raw.leave()
+        with self._changing_mode:
+            self._stopped = True
+            self._raw.leave()
 
     def resume(self) -> None:
-        self._raw.enter()
+        with self._changing_mode:
+            self._stopped = False
+            self._raw.enter()
 
     def _terminal_thread(self) -> None:
         """Carry keys from the terminal to the pipe that `read` reads, until `__exit__` or the terminal's end."""
         while True:
             if self._raw.in_foreground():
-                self._raw.enter()
+                with self._changing_mode:
+                    if not self._stopped:
+                        self._raw.enter()
                 ready = select.select([self._terminal_fd, self._quit_out], [], [])[0]
             else:
                 ready = select.select([self._quit_out], [], [], LOOK_AGAIN)[0]
