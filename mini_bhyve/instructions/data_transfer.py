@@ -104,9 +104,10 @@ def _define_cmpxchg_pair(name, width):
         regs = cpu.regs
         old_low, old_high = low.value, high.value
         equal = (old_low, old_high) == (regs[RAX].value & mask, regs[RDX].value & mask)
-        # Memory is written either way: first the half that a page boundary may put out of reach.
-        high.value = regs[RCX].value & mask if equal else old_high
+        # Memory is written either way, and both halves or none: they may lie on two pages.
+        cpu.check_store(dst.segment, dst.address(), 2 * width)
         low.value = regs[RBX].value & mask if equal else old_low
+        high.value = regs[RCX].value & mask if equal else old_high
         if not equal:
             regs[RAX].value, regs[RDX].value = old_low, old_high
         flags = arithmetic_flags(cpu.flags) & ~ZF | (ZF if equal else 0)
