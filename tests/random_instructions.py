@@ -110,12 +110,13 @@ class Unfit(Exception):
 
 
 class Generator:
-    """Random cases for one world."""
+    """Random cases for one world. `at_page_ends` is how often an operand lies near the end of a page."""
 
-    def __init__(self, world: World, seed: int | str):
+    def __init__(self, world: World, seed: int | str, at_page_ends: float = 0.1):
         self.world = world
         self.random = random.Random(f"{world.name} {seed}")
         self.wide = world.bits == 64
+        self.at_page_ends = at_page_ends
 
     def number(self) -> int:
         """A number that is likely to be trouble."""
@@ -130,7 +131,10 @@ class Generator:
         low, high = self.offsets(SS, 16 if self.world.bits == 16 else 64)
         # The stack pointer's upper half is not used by a 16-bit stack, so it may be anything.
         keep = values[RSP] & 0xFFFF0000 if self.world.bits == 16 and self.random.random() < 0.5 else 0
-        values[RSP] = keep | self.random.randrange(low + 256, high - 256) & ~self.random.choice((0, 1, 3, 7, 15))
+        top = self.random.randrange(low + 256, high - 256) & ~self.random.choice((0, 1, 3, 7, 15))
+        if self.random.random() < self.at_page_ends:
+            top = max(low, min(high, (top & ~0xFFF) + self.random.randrange(-8, 24)))
+        values[RSP] = keep | top
         return values
 
     def flags(self) -> int:
@@ -203,7 +207,7 @@ class Generator:
 
     def target(self, segment: int, width: int) -> int:
         low, high = self.offsets(segment, width)
-        if self.random.random() < 0.1:  # near the end of a page
+        if self.random.random() < self.at_page_ends:
             page = self.random.randrange(low >> 12, high >> 12) + 1
             return max(low, min(high - 1, (page << 12) - self.random.randrange(1, 16)))
         return self.random.randrange(low, high) & ~self.random.choice((0, 0, 3, 7, 15))

@@ -156,7 +156,7 @@ class Outcome(NamedTuple):
     flags: int
     selectors: tuple[int, ...]
     controls: tuple[int, ...]  # CR0, CR2, CR3, CR4
-    written: tuple[tuple[int, int], ...]  # bytes to ports
+    ports: tuple[tuple[int, int | None], ...]  # bytes written to ports; None: read from there
     memory: bytes
 
 
@@ -203,6 +203,12 @@ class Ours:
         return seg.Segment(0, base, 0, seg.UNUSABLE)
 
     def run(self, case: Case) -> Outcome:
+        """Run a case from the beginning, up to an exception or its end."""
+        self.begin(case)
+        return self.go_on(case.instructions)
+
+    def begin(self, case: Case) -> None:
+        """Take on the state before the case."""
         cpu = self.cpu
         for frame in list(cpu.mmu.code_frames):
             cpu.code_cache.drop(frame << 12, 1 << 12)
@@ -222,7 +228,11 @@ class Ours:
             register.value = value & MASKS[64 if self.world.bits == 64 else 32]
         self.memory.load(CODE, case.code + HLT)
         cpu.ip = case.start - cpu.segments[seg.CS].base
-        self.port_device.written.clear()
+        self.port_device.log.clear()
+
+    def go_on(self, instructions: int) -> Outcome:
+        """Run so many instructions, up to an exception at most, and tell the state then."""
+        cpu = self.cpu
         raised: list[tuple[int, int]] = []
 
         def fault(cpu: Cpu, fault: GuestFault) -> None:
@@ -237,7 +247,7 @@ class Ours:
 
         with mock.patch.object(interrupts, "deliver_fault", fault):
             with mock.patch.object(interrupts, "deliver", software_interrupt):
-                goal = cpu.retired + case.instructions
+                goal = cpu.retired + instructions
                 while cpu.retired < goal and not raised and not cpu.halted:
                     cpu.attention = False
                     cpu.run(goal)
@@ -250,25 +260,28 @@ class Ours:
             cpu.eflags,
             tuple(segment.selector for segment in cpu.segments),
             (cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4),
-            tuple(self.port_device.written),
+            tuple(self.port_device.log),
             bytes(self.memory.bytes8[:SIZE]),
         )
 
 
 class Ports:
-    """A device that answers at every port, with a value that depends on it, and remembers what was written."""
+    """A device that answers at every port, with a value that depends on it, and remembers what was asked of it."""
 
     ports = range(0x10000)
 
     def __init__(self) -> None:
-        self.written: list[tuple[int, int]] = []
+        self.log: list[tuple[int, int | None]] = []
 
     def inb(self, port: int) -> int:
-        return port * 7 + 3 & 0xFF if port < 0x10000 else 0xFF
+        if port >= 0x10000:
+            return 0xFF
+        self.log.append((port, None))
+        return port * 7 + 3 & 0xFF
 
     def outb(self, port: int, value: int) -> None:
         if port < 0x10000:
-            self.written.append((port, value))
+            self.log.append((port, value))
 
 
 class Theirs:
@@ -356,7 +369,7 @@ class Theirs:
         self.uc.reg_write_batch(list(zip(self.registers, case.registers)))
         self.uc.reg_write(uc.UC_X86_REG_EFLAGS, case.flags)
         self.vectors.clear()
-        self.port_device.written.clear()
+        self.port_device.log.clear()
         vector, error_code, fetched = None, 0, True
         try:
             if case.instructions == 1 and not case.repeats:
@@ -386,7 +399,7 @@ class Theirs:
             self.uc.reg_read(uc.UC_X86_REG_EFLAGS),
             tuple(self.uc.reg_read_batch(SEGMENTS)),
             tuple(self.uc.reg_read_batch(CONTROLS)),
-            tuple(self.port_device.written),
+            tuple(self.port_device.log),
             bytes(self.ram),
         )
 
