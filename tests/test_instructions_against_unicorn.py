@@ -88,45 +88,44 @@ class Error(NamedTuple):
     manual: str
     names: str  # of the instructions concerned; all, if empty
     applies: Callable[[Case, capstone.CsInsn, Outcome, Outcome], bool] = lambda case, insn, ours, theirs: True
+    fields: str = ""  # in which the outcomes differ then; any, if empty
 
 
 def through_cs(insn: capstone.CsInsn) -> bool:
     return any(o.type == x86.X86_OP_MEM and SEGMENTS.get(o.mem.segment) == CS for o in insn.operands)
 
 
-def to_memory(insn: capstone.CsInsn) -> bool:
-    return any(operand.type == x86.X86_OP_MEM for operand in insn.operands)
+def prefixes(case: Case, insn: capstone.CsInsn) -> bytes:
+    return case.code[: case.code.index(insn.opcode[0])]
 
 
 NEAR_BRANCHES = "jmp call ret loop loope loopne jrcxz jecxz jo jno jb jae je jne jbe ja js jns jp jnp jl jge jle jg"
 UNICORN_ERRORS = [
-    Error(
-        "a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.5", "",
-        lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and through_cs(insn),
-    ),
-    Error(
-        "some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",
-        lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in case.code[: case.code.index(insn.opcode[0])],
-    ),
-    Error(
-        "with a 16-bit operand size, all of EBP is changed", "vol. 2A, ENTER", "enter",
-        lambda case, insn, ours, theirs: case.code[:-3].find(0x66) >= 0 or case.world in ("real", "code16"),
-    ),
+    Error("a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.5", "",
+          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and through_cs(insn)),
+    Error("some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",
+          lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in prefixes(case, insn)),
+    Error("with a 16-bit operand size, all of EBP is changed", "vol. 2A, ENTER", "enter",
+          lambda case, insn, ours, theirs: 0x66 in prefixes(case, insn) or case.world in ("real", "code16"),
+          fields="registers"),
     Error("F6 /1 and F7 /1 are refused; processors run them as TEST", "AMD vol. 3, table A-6", "test",
           lambda case, insn, ours, theirs: insn.modrm >> 3 & 7 == 1 and theirs.vector == UD),
     Error("the number of bytes is taken to be signed", "vol. 2B, RET", "ret retf retfq",
-          lambda case, insn, ours, theirs: case.code[-1] >= 0x80),
-    Error("the upper half of the register is kept", "vol. 2B, SMSW", "smsw"),
+          lambda case, insn, ours, theirs: case.code[-1] >= 0x80, fields="registers"),
+    Error("the upper half of the register is kept", "vol. 2B, SMSW", "smsw", fields="registers"),
     Error("with LOCK, the flags are those of the wrong number", "vol. 2B, NEG", "neg",
-          lambda case, insn, ours, theirs: ours._replace(flags=0) == theirs._replace(flags=0)),
+          lambda case, insn, ours, theirs: 0xF0 in prefixes(case, insn), fields="flags"),
     Error("INT 6 is reported as an invalid opcode", "vol. 2A, INT n", "int",
-          lambda case, insn, ours, theirs: ours.vector == theirs.vector == UD),
+          lambda case, insn, ours, theirs: ours.vector == theirs.vector == UD, fields="ip"),
     Error("with a REX prefix, SPL is taken for AH", "vol. 2A, LAHF", "lahf sahf",
-          lambda case, insn, ours, theirs: any(0x40 <= byte < 0x50 for byte in case.code[:-1])),
+          lambda case, insn, ours, theirs: insn.rex != 0, fields="registers flags"),
     Error("a 32-bit register that shall not change loses its upper half", "vol. 2A, CMPXCHG", "cmpxchg",
-          lambda case, insn, ours, theirs: WORLDS[case.world].bits == 64 and insn.operands[0].size == 4),
+          lambda case, insn, ours, theirs: WORLDS[case.world].bits == 64 and insn.operands[0].size == 4,
+          fields="registers"),
     Error("REX.R is taken for a part of the opcode", "vol. 2A, 2.2.1.2", "mov",
           lambda case, insn, ours, theirs: insn.opcode[0] in (0xC6, 0xC7) and insn.rex & 4 != 0),
+    Error("the privilege level is looked at before the register's number", "vol. 3A, table 6-2", "mov",
+          lambda case, insn, ours, theirs: (ours.vector, theirs.vector) == (UD, GP), fields="vector"),
     Error("a null selector for SS needs no RPL", "vol. 2B, MOV: #GP unless RPL = CPL", "mov pop lss",
           lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and 0 < theirs.selectors[2] < 4),
     Error("a null selector is let through", "vol. 2A, LTR: #GP(0)", "ltr",
@@ -134,9 +133,9 @@ UNICORN_ERRORS = [
     Error("a REX.W prefix is ignored, as on AMD's", "vol. 2A, LDS/LES/LFS/LGS/LSS", "lfs lgs lss",
           lambda case, insn, ours, theirs: insn.rex & 8 != 0),
     Error("in 64-bit mode a 66 prefix makes a near branch 16 bits wide, as on AMD's", "vol. 2A, CALL, Jcc, JMP, RET",
-          NEAR_BRANCHES, lambda case, insn, ours, theirs: WORLDS[case.world].bits == 64 and 0x66 in insn.prefix),
+          NEAR_BRANCHES, lambda case, insn, ours, theirs: case.world.endswith("64") and 0x66 in prefixes(case, insn)),
     Error("an offset beyond the limit is noticed late, and reported with the selector", "vol. 2A, CALL", "lcall ljmp",
-          lambda case, insn, ours, theirs: ours.vector == theirs.vector == GP and ours.error_code == 0),
+          lambda case, insn, ours, theirs: ours.vector == theirs.vector == GP, fields="error_code memory"),
     Error("ports are open to every privilege level", "vol. 1, 19.5.2", "in out insb insw insd outsb outsw outsd",
           lambda case, insn, ours, theirs: WORLDS[case.world].cpl > 0 and ours.vector == GP),
 ]  # fmt: skip
@@ -151,8 +150,11 @@ NOT_COMPARED = {
 def known_error(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> Error | None:
     """Which of Unicorn's errors it is, if it is one."""
     for error in UNICORN_ERRORS:
-        if (not error.names or insn.insn_name() in error.names.split()) and error.applies(case, insn, ours, theirs):
-            return error
+        concerned = not error.names or insn.insn_name() in error.names.split()
+        if concerned and error.applies(case, insn, ours, theirs):
+            differing = {name for name, mine, other in zip(Outcome._fields, ours, theirs) if mine != other}
+            if not error.fields or differing <= set(error.fields.split()):
+                return error
     return None
 
 
