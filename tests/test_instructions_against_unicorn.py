@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import sys
 from typing import Callable, NamedTuple
 
 import pytest
@@ -24,9 +25,8 @@ from mini_bhyve import flags as fl
 from mini_bhyve.faults import GP, UD, Unsupported
 from mini_bhyve.instructions import DEFINITIONS
 
-CASES_PER_INSTRUCTION = 25
-CASES_PER_OPCODE = 6
-CHAINS = 500
+# How many cases: for each instruction, for each opcode, and of several instructions in a row. PyPy calls Unicorn slowly.
+CASES_PER_INSTRUCTION, CASES_PER_OPCODE, CHAINS = (25, 6, 500) if sys.implementation.name != "pypy" else (6, 2, 100)
 
 # --- What the manual leaves undefined ---------------------------------------------------------------------------------
 
@@ -224,16 +224,18 @@ ALWAYS_FAULT = {
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 def test_an_instruction_does_what_it_does_on_unicorn(world):
+    fault = (ALWAYS_FAULT[""] + " " + ALWAYS_FAULT.get("user" if world.cpl else world.name, "")).split()
     comparison = Comparison(world)
     generator = Generator(world, "one instruction")
-    for stems in forms(world.bits).values():
-        for _ in range(CASES_PER_INSTRUCTION):
+    for number, stems in forms(world.bits).items():
+        for tries in range(100):
+            if tries >= CASES_PER_INSTRUCTION and (comparison.completed[number] or name_of(number) in fault):
+                break
             with contextlib.suppress(Unfit):
                 comparison.run(*generator.case(generator.random.choice(stems)))
     assert not comparison.failures, "\n".join(comparison.failures[:20])
-    fault = (ALWAYS_FAULT[""] + " " + ALWAYS_FAULT.get("user" if world.cpl else world.name, "")).split()
     never = {name_of(number) for number in forms(world.bits) if not comparison.completed[number]}
-    assert never - set(NOT_COMPARED) - set(fault) == set()
+    assert never <= {*fault, *NOT_COMPARED}
 
 
 def test_every_definition_is_compared_in_some_mode():

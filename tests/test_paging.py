@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import random
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -46,7 +47,7 @@ NX = 1 << 63
 
 TABLES = range(1, 8)  # frames that hold page tables
 DATA_FRAMES = range(16, SIZE >> 12)
-CASES, FETCHES, REWRITERS = 1500, 300, 60
+CASES, FETCHES, REWRITERS = (1500, 300, 60) if sys.implementation.name != "pypy" else (400, 200, 30)
 
 
 class Format(NamedTuple):
