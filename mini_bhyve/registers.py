@@ -16,7 +16,7 @@ CR0_PG = 1 << 31  # paging
 CR0_DEFINED = CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG
 
 # CR4
-CR4_TSD = 1 << 2  # RDTSC for the supervisor only
+CR4_TSD = 1 << 2  # RDTSC and RDTSCP for level 0 only
 CR4_PSE = 1 << 4  # 4-MByte pages
 CR4_PAE = 1 << 5  # entries of 8 bytes
 CR4_PGE = 1 << 7  # global pages
