@@ -22,13 +22,15 @@ from mini_bhyve import segmentation as seg
 from mini_bhyve.clock import Clock
 from mini_bhyve.code_cache import CodeCache
 from mini_bhyve.cpuid import CR4_SUPPORTED, EFER_SUPPORTED, SIGNATURE
+from mini_bhyve.debug import SINGLE_STEP, Debug
 from mini_bhyve.decode import Block, Mode, Step
-from mini_bhyve.faults import GP, SS, GuestFault, Unsupported, VmExit, general_protection, undefined_opcode
+from mini_bhyve.faults import AC, GP, SS, GuestFault, VmExit, general_protection, undefined_opcode
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import PAGE_SIZE, GuestMemory
 from mini_bhyve.operands import MASKS, RAX, RDX, RSP, Operand, Register, general_register
 from mini_bhyve.paging import READ, USER_ACCESS, WRITE, Mmu
 from mini_bhyve.registers import (
+    CR0_AM,
     CR0_CD,
     CR0_DEFINED,
     CR0_ET,
@@ -36,11 +38,9 @@ from mini_bhyve.registers import (
     CR0_PE,
     CR0_PG,
     CR0_WP,
+    CR4_DE,
     CR4_PAE,
     CR4_PSE,
-    DR6_AFTER_RESET,
-    DR7_AFTER_RESET,
-    DR7_ENABLE_BITS,
     EFER_LMA,
     EFER_LME,
     EFER_NXE,
@@ -57,11 +57,11 @@ class Cpu:
 
     __slots__ = (
         "acknowledge_interrupt", "attention", "bytes8", "clock", "code", "code_cache", "code_size", "cpl", "cr0",
-        "cr2", "cr3", "cr4", "debug_registers", "efer", "flags", "flat_stack", "gdtr_base", "gdtr_limit", "halted",
+        "cr2", "cr3", "cr4", "debug", "efer", "flags", "flat_stack", "gdtr_base", "gdtr_limit", "halted",
         "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "kernel_gs_base", "ldtr",
         "linear_mask", "long_mode", "memory", "mmu", "mode", "next_ip", "nmi_blocked", "nmi_pending", "ports",
-        "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "system_flags", "tr", "words16",
-        "words32", "words64", "write_tlb",
+        "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "system_flags", "tr", "traps_from",
+        "words16", "words32", "words64", "write_tlb",
     )  # fmt: skip
 
     name = "vmcx"  # bhyve's name for a vCPU's registers in a snapshot
@@ -73,6 +73,7 @@ class Cpu:
         self.words32, self.words64 = memory.words32, memory.words64
         self.mmu = Mmu(memory)
         self.clock = Clock(lambda: self.instructions)
+        self.debug = Debug()
         self.code_cache = CodeCache(self)
         # How an interrupt controller is asked for its vector; the machine connects one.
         self.acknowledge_interrupt: Callable[[], int] = lambda: 0
@@ -104,12 +105,14 @@ class Cpu:
         self.cr0 = CR0_CD | CR0_NW | CR0_ET
         self.cr2 = self.cr3 = self.cr4 = self.efer = 0
         self.kernel_gs_base = 0
-        self.debug_registers = [0, 0, 0, 0, 0, 0, DR6_AFTER_RESET, DR7_AFTER_RESET]
+        self.debug.reset()
         self.halted = False
         self.nmi_pending = self.nmi_blocked = False
         self.interrupts_from = 0  # interrupts wait until so many instructions have been executed: the shadow of STI
+        self.traps_from = 0  # and debug exceptions until then: the shadow of MOV SS
         self.cpl = 0
         self.update_mode()
+        self.update_debug()
         self.update_paging()
 
     @property
@@ -131,8 +134,13 @@ class Cpu:
 
     @property
     def protected_mode(self) -> bool:
-        """Whether CR0.PE is set."""
-        return self.cr0 & CR0_PE != 0
+        """Whether segments are what descriptors say: not in real mode, nor in virtual-8086 mode, its likeness."""
+        return self.cr0 & CR0_PE != 0 and not self.system_flags & fl.VM
+
+    @property
+    def virtual_8086_mode(self) -> bool:
+        """Whether a task runs as if in real mode, at level 3 and watched over by protected mode (SDM vol. 3B, 20.2)."""
+        return self.system_flags & fl.VM != 0
 
     def accumulator(self, width: int) -> Operand:
         """AL, AX, EAX or RAX as an operand, for instructions that imply it."""
@@ -222,6 +230,8 @@ class Cpu:
                 raise general_protection()
             self.cr4 = value
             self.update_paging()
+            self.debug.set_extensions(value & CR4_DE != 0)
+            self.update_debug()
         else:
             raise undefined_opcode()
 
@@ -257,19 +267,27 @@ class Cpu:
         """MOV from DRn; #GP above level 0."""
         if self.cpl:
             raise general_protection()
-        return self.debug_registers[number]
+        return self.debug.read(number)
 
     def write_debug_register(self, number: int, value: int) -> None:
-        """MOV to DRn; #GP above level 0. Raises Unsupported for a breakpoint."""
+        """MOV to DRn; #GP above level 0."""
         if self.cpl:
             raise general_protection()
-        if number == 7 and value & DR7_ENABLE_BITS:
-            raise Unsupported(f"breakpoint in a debug register at {self.where()}: DR7 = {value:#x}")
-        self.debug_registers[number] = value | {6: DR6_AFTER_RESET, 7: DR7_AFTER_RESET}.get(number, 0)
+        self.debug.write(number, value)
+        self.update_debug()
+
+    def update_debug(self) -> None:
+        """What is being watched has changed: watched pages leave the TLB, and run() looks how to go on."""
+        self.mmu.watched_pages = self.debug.watched_pages
+        self.flush_tlb()
+        if self.debug.breakpoints:
+            self.attention = True
 
     def load_segment(self, index: int, selector: int) -> None:
         """What a MOV or POP to a segment register other than CS does, with all checks of the mode."""
-        if not self.protected_mode:
+        if self.virtual_8086_mode:
+            segment = seg.virtual_8086_segment(selector)
+        elif not self.protected_mode:
             old = self.segments[index]
             segment = seg.real_mode_segment(selector)
             if not old.access & seg.UNUSABLE:
@@ -294,9 +312,14 @@ class Cpu:
         self.update_mode()
 
     def shadow_interrupts(self) -> None:
-        """Interrupts wait until the next instruction is done: after MOV SS and POP SS (SDM vol. 3A, 6.8.3), and STI."""
+        """Interrupts wait until the next instruction is done: after STI, MOV SS and POP SS (SDM vol. 3A, 6.8.3)."""
         self.interrupts_from = self.instructions + 2
         self.attention = True
+
+    def shadow_traps(self) -> None:
+        """As `shadow_interrupts`, for debug exceptions too: the next instruction sets the other half of the stack."""
+        self.shadow_interrupts()
+        self.traps_from = self.interrupts_from
 
     # --- The state as a whole: at the start, in a snapshot, for bhyvectl --------------------------------------------
 
@@ -350,13 +373,16 @@ class Cpu:
         self.cr3, self.cr4 = state.u64("cr3", self.cr3), state.u32("cr4", self.cr4)
         self.efer = state.u64("efer", self.efer)
         self.kernel_gs_base = state.u64("kernel_gs_base", self.kernel_gs_base)
-        self.debug_registers = state.numbers("debug_registers", self.debug_registers)
+        self.debug.extensions = self.cr4 & CR4_DE != 0
+        self.debug.snapshot(state)
         self.halted = state.flag("halted", self.halted)
         self.interrupt_line = state.flag("interrupt_line", self.interrupt_line)
         self.nmi_pending = state.flag("nmi_pending", self.nmi_pending)
         self.nmi_blocked = state.flag("nmi_blocked", self.nmi_blocked)
         self.interrupts_from = state.u64("interrupts_from", self.interrupts_from)
+        self.traps_from = state.u64("traps_from", self.traps_from)
         self.retired = state.u64("instructions", self.retired)
+        self.update_debug()
         self.update_paging()
         self.update_mode()
 
@@ -365,7 +391,7 @@ class Cpu:
         values = {name: register.value for name, register in zip(REGISTER_NAMES, self.regs)}
         values.update(rip=self.ip, rflags=self.eflags, efer=self.efer)
         values.update(cr0=self.cr0, cr2=self.cr2, cr3=self.cr3, cr4=self.cr4)
-        values.update({f"dr{number}": self.debug_registers[number] for number in (0, 1, 2, 3, 6, 7)})
+        values.update({f"dr{number}": self.debug.registers[number] for number in (0, 1, 2, 3, 6, 7)})
         values.update(gdtr_base=self.gdtr_base, gdtr_limit=self.gdtr_limit)
         values.update(idtr_base=self.idtr_base, idtr_limit=self.idtr_limit)
         for name, segment in zip((*seg.SEGMENT_NAMES, "ldtr", "tr"), (*self.segments, self.ldtr, self.tr)):
@@ -378,7 +404,7 @@ class Cpu:
     def describe_mode(self) -> str:
         """The mode in words, as "32-bit, paging"."""
         if not self.protected_mode:
-            return "16-bit real mode"
+            return "virtual-8086 mode" if self.virtual_8086_mode else "16-bit real mode"
         paging_mode = self.mmu.mode
         return f"{self.code_size}-bit code, " + (f"{paging_mode.name} paging" if paging_mode else "no paging")
 
@@ -387,18 +413,30 @@ class Cpu:
     def load(self, address: int, width: int) -> int:
         """`width` bits from linear `address`, with the rights of the current privilege level. Raises #PF or #GP."""
         size = width >> 3
+        if address & size - 1:
+            self.check_alignment()
         if (address & PAGE_SIZE - 1) + size > PAGE_SIZE:
-            return int.from_bytes(self.load_across(address, size, self.user_access), "little")
-        try:
-            offset = self.read_tlb[address >> 12] + address
-        except KeyError:
-            physical = self.mmu.translate(address, READ | self.user_access)
-            return int.from_bytes(self.memory.read(physical, size), "little")
-        return int.from_bytes(self.memory.ram[offset : offset + size], "little")
+            data = self.load_across(address, size, self.user_access)
+        else:
+            try:
+                offset = self.read_tlb[address >> 12] + address
+                return int.from_bytes(self.memory.ram[offset : offset + size], "little")
+            except KeyError:
+                data = self.memory.read(self.mmu.translate(address, READ | self.user_access), size)
+        if self.debug.breakpoints:
+            self.debug.note_access(address, size, storing=False)
+        return int.from_bytes(data, "little")
 
     def store(self, address: int, value: int, width: int) -> None:
         """Store the low `width` bits of `value` at linear `address`. Raises #PF or #GP, and then nothing is stored."""
+        if address & (width >> 3) - 1:
+            self.check_alignment()
         self.store_as(address, value, width, self.user_access)
+
+    def check_alignment(self) -> None:
+        """#AC for data at an address that is not a multiple of their size, for level 3 only and if all agree on it."""
+        if self.cpl == 3 and self.system_flags & fl.AC and self.cr0 & CR0_AM:
+            raise GuestFault(AC, 0)
 
     def load_system(self, address: int, width: int) -> int:
         """As `load`, with the rights of the supervisor: descriptor tables and the TSS are read so at any level."""
@@ -432,6 +470,8 @@ class Cpu:
             second = self.mmu.translate((address + first) & self.linear_mask, WRITE | user)
             self.store_physical(second, data[first:])
         self.store_physical(physical, data[:first])
+        if self.debug.breakpoints:
+            self.debug.note_access(address, len(data), storing=True)
 
     def store_physical(self, physical: int, data: bytes) -> None:
         """Write within one page, and drop the code that was there."""
@@ -553,8 +593,16 @@ class Cpu:
 
         A fault counts as the instruction that it replaces. Raises VmExit when the guest cannot go on.
         """
-        if self.system_flags & fl.TF:
-            raise Unsupported(f"single-step (EFLAGS.TF) at {self.where()}")
+        while self.retired < limit and not self.attention:
+            if self.single_steps or self.system_flags & fl.RF:
+                self.step()
+            else:
+                self.run_blocks(limit)
+            if self.debug.pending and self.retired >= self.traps_from:
+                interrupts.deliver_debug_trap(self)
+
+    def run_blocks(self, limit: int) -> None:
+        """The loop that all is about: block after block, until `limit` or `attention`."""
         while self.retired < limit and not self.attention:
             try:
                 try:
@@ -580,6 +628,30 @@ class Cpu:
                 self.undo_until_fault()
                 raise
         self.running = None
+
+    @property
+    def single_steps(self) -> bool:
+        """Whether something is to be looked at after each instruction: EFLAGS.TF is set, or a breakpoint."""
+        return self.system_flags & fl.TF != 0 or bool(self.debug.breakpoints)
+
+    def step(self) -> None:
+        """One instruction, with all that debugging asks for (SDM vol. 3B, 17.3.1).
+
+        TF and RF count as they are before it: so POPF and IRET can set them without being caught themselves. Whatever
+        calls a handler takes back the single-step trap.
+        """
+        resumes = self.system_flags & fl.RF
+        try:
+            if self.debug.breakpoints and not resumes and self.retired >= self.traps_from:
+                self.debug.check_execution((self.segment_base(seg.CS) + self.ip) & self.linear_mask)
+        except GuestFault as fault:
+            self.retired += 1
+            interrupts.deliver_fault(self, fault)
+            return
+        self.system_flags &= ~fl.RF
+        if self.system_flags & fl.TF:
+            self.debug.pending |= SINGLE_STEP
+        self.run_blocks(self.retired + 1)
 
     def undo_until_fault(self) -> None:
         """The running instruction did not happen: the processor stands where it begins. It counts all the same."""

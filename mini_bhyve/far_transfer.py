@@ -7,6 +7,8 @@ Mirrors Intel SDM vol. 3A, 5.8 (Privilege Level Checking When Transferring Progr
     CALL far        a code segment, or a call gate      a call gate                 -
     RETF, IRET      what was pushed                     -                           what was pushed
 
+(JMP and CALL to a TSS or a task gate switch tasks instead: `task_switch.py`.)
+
 A call gate, in the GDT or LDT (figure 5-8), is a door with an address of its own behind it: what the caller says is
 only which door. The inner level gets a stack of its own, from the TSS, with `count` parameters copied over:
 
@@ -21,52 +23,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mini_bhyve import segmentation as seg
-from mini_bhyve.faults import NP, SS, TS, GuestFault, Unsupported, general_protection
-from mini_bhyve.operands import MASKS, RSP
-from mini_bhyve.paging import USER_ACCESS
+from mini_bhyve import task_switch
+from mini_bhyve.faults import NP, TS, GuestFault, Unsupported, general_protection
+from mini_bhyve.new_stack import NewStack
+from mini_bhyve.operands import RSP
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
 
 
-class NewStack:
-    """Pushes that take effect together: nothing of the processor changes until `commit`.
-
-    A far transfer writes several words, perhaps on a stack that is not yet in use, and any of them may fault.
-    """
-
-    def __init__(self, cpu: Cpu, segment: seg.Segment, pointer: int, cpl: int):
-        self.cpu = cpu
-        self.segment = segment
-        self.pointer = pointer
-        self.cpl = cpl
-        if cpu.long_mode and cpu.segments[seg.CS].access & seg.LONG:
-            self.mask = MASKS[64]
-        else:
-            self.mask = 0xFFFFFFFF if segment.access & seg.BIG else 0xFFFF
-
-    def push(self, value: int, width: int) -> None:
-        """Write `width` bits below what was pushed before. Raises #SS or #PF."""
-        size = width >> 3
-        offset = (self.pointer - size) & self.mask
-        address = offset
-        if self.mask != MASKS[64]:
-            if not self.segment.writable or offset < self.segment.first or offset + size - 1 > self.segment.last:
-                new = self.segment is not self.cpu.segments[seg.SS_]
-                raise GuestFault(SS, self.segment.selector & ~3 if new else 0)
-            address = (self.segment.base + offset) & 0xFFFFFFFF
-        self.cpu.store_as(address, value, width, USER_ACCESS if self.cpl == 3 else 0)
-        self.pointer = self.pointer & ~self.mask | offset
-
-    def commit(self) -> None:
-        """Make this the processor's stack."""
-        self.cpu.regs[RSP].value = self.pointer
-        if self.segment is not self.cpu.segments[seg.SS_]:
-            self.cpu.set_stack_segment(self.segment)
-
-
 def real_mode_code_segment(cpu: Cpu, selector: int) -> seg.Segment:
-    """CS after a far transfer in real mode: a new base, the old limit, and writable as all segments there are."""
+    """CS after a far transfer in real mode: a new base, the old limit, and writable as all segments there are.
+
+    In virtual-8086 mode the limit is always that of real mode.
+    """
+    if cpu.virtual_8086_mode:
+        return seg.virtual_8086_segment(selector)
     old = cpu.segments[seg.CS]
     return seg.Segment(selector, selector << 4, old.limit, old.access & ~0xFF | seg.REAL_MODE_ACCESS)
 
@@ -77,16 +49,19 @@ def real_mode_code_segment(cpu: Cpu, selector: int) -> seg.Segment:
 def far_jump(cpu: Cpu, selector: int, offset: int) -> None:
     """JMP far (SDM vol. 2A)."""
     if not cpu.protected_mode:
-        cpu.set_code_segment(real_mode_code_segment(cpu, selector), 0)
+        cpu.set_code_segment(real_mode_code_segment(cpu, selector), cpu.cpl)
         cpu.next_ip = offset
         return
     descriptor = _destination(cpu, selector)
+    if _leads_to_task(descriptor):
+        task_switch.switch_by_selector(cpu, selector, descriptor, task_switch.Reason.JUMP)
+        return
     if descriptor.is_system:
         selector, offset, descriptor, _ = _behind_gate(cpu, selector, descriptor)
         if not descriptor.access & seg.CONFORMING and descriptor.dpl != cpu.cpl:
             raise general_protection(selector & ~3)
     segment = seg.code_segment(cpu, selector, descriptor, cpu.cpl)
-    check_offset(cpu, segment, offset)
+    seg.check_offset(cpu, segment, offset)
     cpu.set_code_segment(segment, cpu.cpl)
     cpu.next_ip = offset
 
@@ -95,10 +70,13 @@ def far_call(cpu: Cpu, selector: int, offset: int, width: int) -> None:
     """CALL far (SDM vol. 2A); `width` is the operand size, which a gate overrides."""
     stack = NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP].value, cpu.cpl)
     if not cpu.protected_mode:
-        segment, cpl = real_mode_code_segment(cpu, selector), 0
+        segment, cpl = real_mode_code_segment(cpu, selector), cpu.cpl
     else:
         cpl = cpu.cpl
         descriptor = _destination(cpu, selector)
+        if _leads_to_task(descriptor):
+            task_switch.switch_by_selector(cpu, selector, descriptor, task_switch.Reason.CALL)
+            return
         if descriptor.is_system:
             gate = descriptor
             selector, offset, descriptor, width = _behind_gate(cpu, selector, gate)
@@ -106,7 +84,7 @@ def far_call(cpu: Cpu, selector: int, offset: int, width: int) -> None:
                 cpl = descriptor.dpl
                 stack = _inner_stack(cpu, cpl, gate.raw >> 32 & 0x1F, width)
         segment = seg.code_segment(cpu, selector, descriptor, cpl)
-        check_offset(cpu, segment, offset)
+        seg.check_offset(cpu, segment, offset)
     stack.push(cpu.segments[seg.CS].selector, width)
     stack.push(cpu.next_ip, width)
     cpu.set_code_segment(segment, cpl)
@@ -130,11 +108,15 @@ def _destination(cpu: Cpu, selector: int) -> seg.Descriptor:
     return descriptor
 
 
+def _leads_to_task(descriptor: seg.Descriptor) -> bool:
+    """A TSS, or a task gate, which names one."""
+    tss = seg.TSS16_AVAILABLE, seg.TSS16_BUSY, seg.TSS32_AVAILABLE, seg.TSS32_BUSY
+    return descriptor.is_system and descriptor.access & seg.TYPE in (seg.TASK_GATE, *tss)
+
+
 def _behind_gate(cpu: Cpu, selector: int, gate: seg.Descriptor) -> tuple[int, int, seg.Descriptor, int]:
     """Open a call gate: the selector, offset and descriptor of the code behind it, and the width of what is pushed."""
     kind = gate.access & seg.TYPE
-    if kind in (seg.TASK_GATE, seg.TSS16_AVAILABLE, seg.TSS32_AVAILABLE):
-        raise Unsupported(f"task switch at {cpu.where()}, to selector {selector:#x}: hardware task switching")
     if kind not in (seg.CALL_GATE16, seg.CALL_GATE32):
         raise general_protection(selector & ~3)
     if cpu.long_mode:
@@ -165,12 +147,6 @@ def _inner_stack(cpu: Cpu, cpl: int, count: int, width: int) -> NewStack:
     for parameter in reversed(parameters):
         stack.push(parameter, width)
     return stack
-
-
-def check_offset(cpu: Cpu, segment: seg.Segment, offset: int) -> None:
-    """#GP if a code segment does not reach to `offset`; 64-bit ones reach everywhere."""
-    if not (cpu.long_mode and segment.access & seg.LONG) and offset > segment.last:
-        raise general_protection()
 
 
 # --- And back ---------------------------------------------------------------------------------------------------------
@@ -204,11 +180,11 @@ def far_return(cpu: Cpu, width: int, released: int) -> None:
         if ip > cpu.segments[seg.CS].last:
             raise general_protection()
         cpu.move_stack_pointer(2 * size + released)
-        cpu.set_code_segment(real_mode_code_segment(cpu, selector), 0)
+        cpu.set_code_segment(real_mode_code_segment(cpu, selector), cpu.cpl)
         cpu.next_ip = ip
         return
     code, cpl = returned_code_segment(cpu, selector)
-    check_offset(cpu, code, ip)
+    seg.check_offset(cpu, code, ip)
     if cpl == cpu.cpl:
         cpu.move_stack_pointer(2 * size + released)
         cpu.set_code_segment(code, cpl)

@@ -24,7 +24,9 @@ NAMES = {
 class GuestFault(Exception):
     """An exception of class fault: the instruction did not happen, and its own address is what the handler gets.
 
-    `error_code` is None for vectors that push none. For a page fault, `address` is what CR2 will hold.
+    `error_code` is None for vectors that push none. For a page fault, `address` is what CR2 will hold. `return_to` is
+    where the handler returns to if that is not the instruction: a fault in the middle of a task switch belongs to the
+    first instruction of the new task.
     """
 
     def __init__(self, vector: int, error_code: int | None = None, address: int | None = None):
@@ -32,6 +34,7 @@ class GuestFault(Exception):
         self.vector = vector
         self.error_code = error_code
         self.address = address
+        self.return_to: int | None = None
 
     def __str__(self) -> str:
         text = NAMES.get(self.vector, f"vector {self.vector}")

@@ -10,7 +10,8 @@ A gate in the IDT (figure 6-2; in 64-bit mode 8 more bytes follow, with bits 63-
     | selector         | offset 15-0                            |
     31               16 15                                     0
 
-What the handler finds on its stack (the part in brackets only where the privilege level changes, or in 64-bit mode):
+What the handler finds on its stack (the part in brackets only where the privilege level changes, or in 64-bit mode;
+from virtual-8086 mode, GS FS DS ES above all):
 
     [ SS ]  [ ESP ]  EFLAGS  CS  EIP  [ error code ]   <- ESP, downwards
 """
@@ -21,16 +22,18 @@ from typing import TYPE_CHECKING
 
 from mini_bhyve import flags as fl
 from mini_bhyve import segmentation as seg
+from mini_bhyve import task_switch
+from mini_bhyve.debug import SINGLE_STEP
 from mini_bhyve.far_transfer import (
-    NewStack,
-    check_offset,
     drop_privileged_segments,
     real_mode_code_segment,
     returned_code_segment,
     returned_stack_segment,
 )
-from mini_bhyve.faults import DE, DF, GP, NP, PF, SS, TS, GuestFault, TripleFault, Unsupported, general_protection
+from mini_bhyve.faults import DB, DE, DF, GP, NP, PF, SS, TS, GuestFault, TripleFault, general_protection
+from mini_bhyve.new_stack import NewStack
 from mini_bhyve.operands import MASKS, RSP
+from mini_bhyve.registers import CR0_PE
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
@@ -52,7 +55,12 @@ def deliver_fault(cpu: Cpu, fault: GuestFault) -> None:
     Raises TripleFault when even the double fault cannot be delivered.
     """
     first = fault
+    cpu.debug.pending = 0  # an instruction that did not happen has no traps either
+    if fault.vector != DB:
+        cpu.system_flags |= fl.RF  # for what is pushed: it will be started again, past a breakpoint on it (17.3.1.1)
     while True:
+        if fault.return_to is not None:
+            cpu.ip = fault.return_to
         if fault.vector == PF:
             assert fault.address is not None
             cpu.cr2 = fault.address
@@ -78,7 +86,7 @@ def _combine(first: GuestFault, second: GuestFault) -> GuestFault:
 
 
 def deliver_external(cpu: Cpu, vector: int) -> None:
-    """An interrupt from outside, between two instructions."""
+    """An interrupt from outside, or a trap, between two instructions."""
     cpu.halted = False
     cpu.next_ip = cpu.ip
     try:
@@ -86,6 +94,14 @@ def deliver_external(cpu: Cpu, vector: int) -> None:
         cpu.ip = cpu.next_ip
     except GuestFault as fault:
         deliver_fault(cpu, fault)
+    if cpu.debug.pending:  # what was pushed hit a breakpoint
+        deliver_debug_trap(cpu)
+
+
+def deliver_debug_trap(cpu: Cpu) -> None:
+    """#DB for what the last instruction did (SDM vol. 3B, 17.3.1)."""
+    causes, cpu.debug.pending = cpu.debug.pending, 0
+    deliver_external(cpu, cpu.debug.exception(causes).vector)
 
 
 def deliver(cpu: Cpu, vector: int, error_code: int | None, software: bool = False) -> None:
@@ -95,15 +111,16 @@ def deliver(cpu: Cpu, vector: int, error_code: int | None, software: bool = Fals
     there is barred, with no register changed. Its error code says, by the bit EXT, that the program did not ask for
     this: it is set unless `software` (SDM vol. 3A, 6.13).
     """
-    if not cpu.protected_mode:
+    cpu.debug.pending &= ~SINGLE_STEP
+    if not cpu.cr0 & CR0_PE:
         _deliver_real(cpu, vector)
         return
     try:
         _deliver_protected(cpu, vector, error_code, software)
     except GuestFault as fault:
-        if software or fault.vector == PF or fault.error_code is None:
-            raise
-        raise GuestFault(fault.vector, fault.error_code | EXTERNAL) from None
+        if not software and fault.vector != PF and fault.error_code is not None:
+            fault.error_code |= EXTERNAL
+        raise
 
 
 def _deliver_protected(cpu: Cpu, vector: int, error_code: int | None, software: bool) -> None:
@@ -124,7 +141,8 @@ def _deliver_protected(cpu: Cpu, vector: int, error_code: int | None, software: 
     if not gate.present:
         raise GuestFault(NP, reference)
     if kind == seg.TASK_GATE:
-        raise Unsupported(f"task gate for vector {vector} at {cpu.where()}: hardware task switching")
+        task_switch.switch_through_gate(cpu, gate, task_switch.Reason.CALL, error_code)
+        return
 
     offset = gate.raw & 0xFFFF | gate.raw >> 32 & 0xFFFF0000
     if kind in (seg.INTERRUPT_GATE16, seg.TRAP_GATE16):
@@ -168,6 +186,8 @@ def _enter_handler(cpu: Cpu, selector: int, offset: int, width: int, error_code:
     if not descriptor.present:
         raise GuestFault(NP, error_selector)
     cpl = cpu.cpl if descriptor.access & seg.CONFORMING else descriptor.dpl
+    if cpu.virtual_8086_mode and cpl != 0:
+        raise general_protection(error_selector)
 
     old_ss, old_sp = cpu.segments[seg.SS_], cpu.regs[RSP].value
     if cpu.long_mode:
@@ -177,6 +197,11 @@ def _enter_handler(cpu: Cpu, selector: int, offset: int, width: int, error_code:
         stack = NewStack(cpu, seg.stack_segment(cpu, ss, cpl, vector=TS), esp, cpl)
     else:
         stack = NewStack(cpu, old_ss, old_sp, cpl)
+    if cpu.virtual_8086_mode:
+        # What these hold would make no sense to the handler, and its selectors none to the 8086 task.
+        data_segments = seg.GS, seg.FS, seg.DS, seg.ES
+        for index in data_segments:
+            stack.push(cpu.segments[index].selector, width)
     if cpu.long_mode or cpl < cpu.cpl:
         stack.push(old_ss.selector, width)
         stack.push(old_sp, width)
@@ -186,7 +211,10 @@ def _enter_handler(cpu: Cpu, selector: int, offset: int, width: int, error_code:
         stack.push(error_code, width)
 
     code = seg.code_segment(cpu, selector, descriptor, cpl)
-    check_offset(cpu, code, offset)
+    seg.check_offset(cpu, code, offset)
+    if cpu.virtual_8086_mode:
+        for index in data_segments:
+            cpu.segments[index] = seg.null_segment(0)
     cpu.set_code_segment(code, cpl)
     stack.commit()
     cpu.next_ip = offset
@@ -211,7 +239,14 @@ def _long_mode_stack(cpu: Cpu, cpl: int, ist: int) -> NewStack:
 
 
 def interrupt_return(cpu: Cpu, width: int) -> None:
-    """IRET, IRETD or IRETQ (SDM vol. 2A): back to the same or an outer privilege level."""
+    """IRET, IRETD or IRETQ (SDM vol. 2A): back to the same or an outer privilege level, to a task, to an 8086."""
+    if cpu.virtual_8086_mode and cpu.iopl < 3:
+        raise general_protection()
+    if cpu.protected_mode and cpu.system_flags & fl.NT:
+        if cpu.long_mode:
+            raise general_protection()
+        task_switch.return_to_previous_task(cpu)
+        return
     size = width >> 3
     ip, selector, flags = (cpu.peek(index * size, width) for index in range(3))
     selector &= 0xFFFF
@@ -219,14 +254,13 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
         if ip > 0xFFFF:
             raise general_protection()
         cpu.move_stack_pointer(3 * size)
-        cpu.set_code_segment(real_mode_code_segment(cpu, selector), 0)
-        set_flags(cpu, flags, width)
+        cpu.set_code_segment(real_mode_code_segment(cpu, selector), cpu.cpl)
+        restore_flags(cpu, flags, width)
         cpu.next_ip = ip
         return
-    if cpu.system_flags & fl.NT:
-        raise Unsupported(f"IRET with the NT flag set at {cpu.where()}: hardware task switching")
-    if flags & fl.VM and cpu.cpl == 0 and not cpu.long_mode and width == 32:
-        raise Unsupported(f"IRET to virtual-8086 mode at {cpu.where()}")
+    if flags & fl.VM and cpu.cpl == 0 and not cpu.long_mode:
+        _return_to_virtual_8086(cpu, ip, selector, flags)
+        return
     code, cpl = returned_code_segment(cpu, selector)
     if code.access & seg.LONG and cpu.long_mode:
         stack_too = True
@@ -237,7 +271,7 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
     if stack_too:
         rsp, ss_selector = cpu.peek(3 * size, width), cpu.peek(4 * size, width) & 0xFFFF
         ss = returned_stack_segment(cpu, ss_selector, cpl, code)
-    set_flags(cpu, flags, width)
+    restore_flags(cpu, flags, width)
     leaving = cpl > cpu.cpl
     if not stack_too:
         cpu.move_stack_pointer(3 * size)
@@ -249,6 +283,29 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
     if leaving:
         drop_privileged_segments(cpu)
     cpu.next_ip = ip
+
+
+def _return_to_virtual_8086(cpu: Cpu, ip: int, selector: int, flags: int) -> None:
+    """IRETD at level 0 with VM set in the flags on the stack, the only way into virtual-8086 mode but a task switch.
+
+    Above those flags lie what an interrupt from there has pushed: ESP SS ES DS FS GS.
+    """
+    esp, ss, es, ds, fs, gs = (cpu.peek(index * 4, 32) for index in range(3, 9))
+    if ip > 0xFFFF:
+        raise general_protection()
+    cpu.write_eflags(flags)
+    cpu.segments = [seg.virtual_8086_segment(value & 0xFFFF) for value in (es, selector, ss, ds, fs, gs)]
+    cpu.cpl = 3
+    cpu.update_mode()
+    cpu.regs[RSP].value = esp
+    cpu.next_ip = ip
+
+
+def restore_flags(cpu: Cpu, value: int, width: int) -> None:
+    """EFLAGS from the stack by IRET: as POPF, and also RF, by which a debugger steps over a breakpoint."""
+    set_flags(cpu, value, width)
+    if width > 16:
+        cpu.system_flags |= value & fl.RF
 
 
 def set_flags(cpu: Cpu, value: int, width: int) -> None:

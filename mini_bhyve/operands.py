@@ -374,7 +374,7 @@ class SegmentRegister(SpecialRegister):
             raise undefined_opcode()
         self.cpu.load_segment(self.index, value & 0xFFFF)
         if self.index == SS_:
-            self.cpu.shadow_interrupts()
+            self.cpu.shadow_traps()
 
 
 class ControlRegister(SpecialRegister):
@@ -397,14 +397,14 @@ class ControlRegister(SpecialRegister):
 
 
 class DebugRegister(SpecialRegister):
-    """DR0 to DR7; 4 and 5 are other names of 6 and 7 (SDM vol. 3B, 17.2.2)."""
+    """DR0 to DR7; #UD for the others."""
 
     __slots__ = ("cpu", "number")
 
     def __init__(self, cpu: Cpu, number: int, width: int):
         super().__init__(width)
         self.cpu = cpu
-        self.number = number + 2 if number in (4, 5) else number
+        self.number = number
         if number > 7:
             raise undefined_opcode()
 

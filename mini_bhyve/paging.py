@@ -64,7 +64,8 @@ class Mmu:
 
     - pages outside RAM, and writes to ROM, never enter;
     - a page enters for writing only once its dirty bit is set;
-    - a page that holds decoded code never enters for writing, so every store into it is noticed.
+    - a page that holds decoded code never enters for writing, so every store into it is noticed;
+    - a page with data that a breakpoint watches never enters.
     """
 
     def __init__(self, memory: GuestMemory):
@@ -75,6 +76,7 @@ class Mmu:
         self.execute_disable = False
         self.canonical = False  # addresses have 48 bits and a sign
         self.large_pages = False  # whether the TLB holds pieces of any
+        self.watched_pages: set[int] = set()  # page numbers, linear; filled by the debug registers
         self.code_frames: dict[int, list] = {}  # frames with decoded code; filled by the code cache
         self.read_tlb: tuple[dict[int, int], dict[int, int]] = ({}, {})  # [supervisor, user]
         self.write_tlb: tuple[dict[int, int], dict[int, int]] = ({}, {})
@@ -126,7 +128,7 @@ class Mmu:
     def remember(self, linear: int, physical: int, access: int) -> None:
         """Enter a translation into the TLB, where the rules in the class's description allow it."""
         offset = self.memory.ram_offset(physical)
-        if offset is None:
+        if offset is None or linear >> 12 in self.watched_pages:
             return
         user = access & USER_ACCESS != 0
         difference = offset - linear

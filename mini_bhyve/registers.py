@@ -16,7 +16,8 @@ CR0_PG = 1 << 31  # paging
 CR0_DEFINED = CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG
 
 # CR4
-CR4_TSD = 1 << 2  # RDTSC and RDTSCP for level 0 only
+CR4_TSD = 1 << 2  # RDTSC for the supervisor only
+CR4_DE = 1 << 3  # breakpoints on ports
 CR4_PSE = 1 << 4  # 4-MByte pages
 CR4_PAE = 1 << 5  # entries of 8 bytes
 CR4_PGE = 1 << 7  # global pages
@@ -25,10 +26,6 @@ CR4_PGE = 1 << 7  # global pages
 EFER_LME = 1 << 8  # long mode wanted
 EFER_LMA = 1 << 10  # long mode active: wanted, and paging is on
 EFER_NXE = 1 << 11  # execute disable
-
-# DR6, DR7
-DR6_AFTER_RESET, DR7_AFTER_RESET = 0xFFFF0FF0, 0x400
-DR7_ENABLE_BITS = 0xFF
 
 MSR_TSC = 0x10
 MSR_EFER = 0xC0000080

@@ -141,6 +141,15 @@ def real_mode_segment(selector: int) -> Segment:
     return Segment(selector, selector << 4, 0xFFFF, REAL_MODE_ACCESS)
 
 
+# The same in virtual-8086 mode, which always runs at level 3.
+VIRTUAL_8086_ACCESS = REAL_MODE_ACCESS | 3 << DPL_SHIFT
+
+
+def virtual_8086_segment(selector: int) -> Segment:
+    """In virtual-8086 mode the base is the selector times 16, too, and the limit always 64 KiB (vol. 3B, 20.2.1)."""
+    return Segment(selector, selector << 4, 0xFFFF, VIRTUAL_8086_ACCESS)
+
+
 def null_segment(selector: int) -> Segment:
     """What a data segment register holds after a null selector (index 0 of the GDT): every use of it is #GP."""
     return Segment(selector, 0, 0, UNUSABLE)
@@ -169,17 +178,20 @@ def mark_accessed(cpu: Cpu, descriptor: Descriptor) -> Descriptor:
     return Descriptor(raw, descriptor.address)
 
 
-def data_segment(cpu: Cpu, selector: int) -> Segment:
-    """What DS, ES, FS or GS becomes in protected mode (SDM vol. 3A, 5.6). Raises #GP or #NP with the selector."""
+def data_segment(cpu: Cpu, selector: int, vector: int = GP) -> Segment:
+    """What DS, ES, FS or GS becomes in protected mode (SDM vol. 3A, 5.6). Raises #GP or #NP with the selector.
+
+    `vector` is #TS where the selector is a TSS's.
+    """
     if is_null(selector):
         return null_segment(selector)
-    descriptor = read_descriptor(cpu, selector)
+    descriptor = read_descriptor(cpu, selector, vector)
     error_code = selector & ~3
     if descriptor.is_system or (descriptor.is_code and not descriptor.access & READABLE):
-        raise general_protection(error_code)
+        raise GuestFault(vector, error_code)
     conforming = descriptor.is_code and descriptor.access & CONFORMING
     if not conforming and max(cpu.cpl, selector & 3) > descriptor.dpl:
-        raise general_protection(error_code)
+        raise GuestFault(vector, error_code)
     if not descriptor.present:
         raise GuestFault(NP, error_code)
     return mark_accessed(cpu, descriptor).segment(selector)
@@ -262,3 +274,9 @@ def stack_from_tss(cpu: Cpu, level: int) -> tuple[int, int]:
     if wide:
         return cpu.load_system(cpu.tr.base + offset + 4, 16), cpu.load_system(cpu.tr.base + offset, 32)
     return cpu.load_system(cpu.tr.base + offset + 2, 16), cpu.load_system(cpu.tr.base + offset, 16)
+
+
+def check_offset(cpu: Cpu, segment: Segment, offset: int) -> None:
+    """#GP if a code segment does not reach to `offset`; 64-bit ones reach everywhere."""
+    if not (cpu.long_mode and segment.access & LONG) and offset > segment.last:
+        raise general_protection()

@@ -26,7 +26,7 @@ from unicorn import x86_const as uc
 from mini_bhyve import interrupts
 from mini_bhyve import segmentation as seg
 from mini_bhyve.cpu import Cpu
-from mini_bhyve.faults import DF, GP, NP, PF, SS, TS, UD, GuestFault
+from mini_bhyve.faults import DB, DF, GP, NP, PF, SS, TS, UD, GuestFault
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import MASKS
@@ -218,7 +218,9 @@ class Ours:
         cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer = case.controls or self.controls
         cpu.cr2, cpu.halted, cpu.attention = 0, False, False
         cpu.gdtr_base, cpu.gdtr_limit, cpu.idtr_base, cpu.idtr_limit = GDT, len(DESCRIPTORS) * 8 - 1, 0, 0x3FF
-        cpu.kernel_gs_base, cpu.debug_registers[:4] = 0, [0] * 4
+        cpu.kernel_gs_base = 0
+        cpu.debug.reset()
+        cpu.update_debug()
         cpu.ldtr, cpu.tr = seg.null_segment(0), seg.null_segment(0)
         cpu.segments, cpu.cpl = list(self.segments), self.world.cpl
         cpu.write_eflags(case.flags)
@@ -242,7 +244,7 @@ class Ours:
             cpu.attention = True
 
         def software_interrupt(cpu: Cpu, vector: int, error_code: int | None, software: bool = False) -> None:
-            assert software
+            assert software or vector == DB  # INT1
             raised.append((vector, 0))
 
         with mock.patch.object(interrupts, "deliver_fault", fault):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mini_bhyve import flags as fl
 from mini_bhyve import interrupts
 from mini_bhyve.far_transfer import far_call, far_jump, far_return
-from mini_bhyve.faults import BP, BR, OF, GuestFault, undefined_opcode
+from mini_bhyve.faults import BP, BR, DB, OF, GuestFault, general_protection, undefined_opcode
 from mini_bhyve.instructions.definition import instruction, signed
 from mini_bhyve.operands import RCX, Memory
 
@@ -111,12 +111,21 @@ def retf(cpu, encoding, released=None):
 
 @instruction("int", ends_block=True, data_decides=True)
 def int_(cpu, vector):
+    """INT n. In virtual-8086 mode it is the monitor's, unless that has set IOPL to 3 (SDM vol. 3B, 20.3.3)."""
+    if cpu.virtual_8086_mode and cpu.iopl < 3:
+        raise general_protection()
     interrupts.deliver(cpu, vector.value, None, software=True)
 
 
 @instruction("int3", ends_block=True, data_decides=True)
 def int3(cpu):
     interrupts.deliver(cpu, BP, None, software=True)
+
+
+@instruction("int1", ends_block=True, data_decides=True)
+def int1(cpu):
+    """INT1: a debug exception, made for hardware debuggers; no privilege level is asked for."""
+    interrupts.deliver(cpu, DB, None)
 
 
 @instruction("into", ends_block=True, data_decides=True)
@@ -138,10 +147,10 @@ def bound(cpu, index, limits):
 
 @instruction("iret", "iretd", "iretq", encoded=True, ends_block=True, data_decides=True)
 def iret(cpu, encoding):
-    """IRET: back from a handler. It also lets the next NMI in (SDM vol. 3A, 6.7.1)."""
-    interrupts.interrupt_return(cpu, encoding.operand_width)
+    """IRET: back from a handler. It also lets the next NMI in, even if it faults (SDM vol. 3A, 6.7.1)."""
     cpu.nmi_blocked = False
     cpu.attention = True
+    interrupts.interrupt_return(cpu, encoding.operand_width)
 
 
 @instruction("ud2", "ud0", "ud1")

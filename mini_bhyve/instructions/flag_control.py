@@ -72,13 +72,21 @@ def sahf(cpu):
     _change(cpu, LOW_FLAGS, cpu.regs[RAX].value >> 8 & LOW_FLAGS)
 
 
-@instruction("pushf", "pushfd", "pushfq", encoded=True)
+def _check_virtual_8086(cpu):
+    """In virtual-8086 mode the flags are the monitor's business, unless it has set IOPL to 3 (SDM vol. 3B, 20.2.7)."""
+    if cpu.virtual_8086_mode and cpu.iopl < 3:
+        raise general_protection()
+
+
+@instruction("pushf", "pushfd", "pushfq", encoded=True, data_decides=True)
 def pushf(cpu, encoding):
     """PUSHF: VM and RF are stored as 0."""
+    _check_virtual_8086(cpu)
     cpu.push(cpu.eflags & ~(fl.VM | fl.RF) & (1 << encoding.stack_width) - 1, encoding.stack_width)
 
 
 @instruction("popf", "popfd", "popfq", encoded=True, ends_block=True, data_decides=True)
 def popf(cpu, encoding):
     """POPF: flags that this privilege level may not change are silently left as they are."""
+    _check_virtual_8086(cpu)
     interrupts.set_flags(cpu, cpu.pop(encoding.stack_width), encoding.stack_width)

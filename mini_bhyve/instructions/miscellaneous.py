@@ -36,8 +36,7 @@ def xlat(cpu, encoding):
 
 @instruction("cpuid", data_decides=True)
 def cpuid(cpu):
-    leaf, subleaf = cpu.regs[RAX].value & 0xFFFFFFFF, cpu.regs[RCX].value & 0xFFFFFFFF
-    values = identification.cpuid(leaf, subleaf, cpu.code_size)
+    values = identification.cpuid(cpu.regs[RAX].value & 0xFFFFFFFF)
     for index, value in zip((RAX, RBX, RCX, RDX), values):
         cpu.regs[index].value = value
 
@@ -46,8 +45,12 @@ def cpuid(cpu):
 
 
 def check_port_allowed(cpu, port, width):
-    """Above IOPL, the TSS's bit map decides: a 1 for any of the ports is #GP (SDM vol. 1, 19.5.2)."""
-    if not cpu.protected_mode or cpu.cpl <= cpu.iopl:
+    """Above IOPL, and always in virtual-8086 mode, the TSS's bit map decides: a 1 for any of the ports is #GP.
+
+    (SDM vol. 1, 19.5.2; vol. 3B, 20.3.2.)
+    """
+    cpu.debug.note_port(port, width // 8)
+    if not cpu.virtual_8086_mode and (not cpu.protected_mode or cpu.cpl <= cpu.iopl):
         return
     tss = cpu.tr
     if tss.access & seg.TYPE != seg.TSS32_BUSY or tss.limit < 0x67:

@@ -8,7 +8,8 @@ elements.
 
 A repeated instruction can be interrupted between two elements: the registers say how far it has come, and the same
 instruction goes on afterwards. Here a repeat does a limited stretch at a time, and "jumps" to itself until it is done.
-The data decides how long it takes, so all of these are called, never inlined.
+While the guest is being debugged a stretch is one element, as each has its trap. The data decides how long it takes, so
+all of these are called, never inlined.
 """
 
 from __future__ import annotations
@@ -71,7 +72,11 @@ def repeat(cpu, encoding, operation, one, compares=False, bulk=None):
     if not encoding.repeat:
         one(operation)
         return
-    left = BULK_STRETCH if bulk and operation.step > 0 else STRETCH
+    if cpu.single_steps:
+        left = 1
+    else:
+        left = BULK_STRETCH if bulk and operation.step > 0 else STRETCH
+    cpu.system_flags &= ~fl.RF
     while operation.count and left:
         elements = bulk(operation, left) if bulk else 0
         if not elements:
@@ -83,6 +88,7 @@ def repeat(cpu, encoding, operation, one, compares=False, bulk=None):
             return
     if operation.count:
         cpu.branch(True, encoding.ip)
+        cpu.system_flags |= fl.RF  # whoever comes in between returns to an instruction that has begun (17.3.1.1)
 
 
 def _define_string(name, one, compares=False, bulk=None, suffixes="bwdq"):
