@@ -17,14 +17,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Callable
 
 from mini_bhyve import flags as fl
-from mini_bhyve import interrupts, paging
+from mini_bhyve import interrupts, msr, paging
 from mini_bhyve import segmentation as seg
 from mini_bhyve.clock import Clock
 from mini_bhyve.code_cache import CodeCache
 from mini_bhyve.cpuid import CR4_SUPPORTED, EFER_SUPPORTED, SIGNATURE
 from mini_bhyve.debug import SINGLE_STEP, Debug
 from mini_bhyve.decode import Block, Mode, Step
-from mini_bhyve.faults import AC, GP, SS, GuestFault, VmExit, general_protection, undefined_opcode
+from mini_bhyve.faults import AC, GP, SS, GuestFault, VmExit, general_protection
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import PAGE_SIZE, GuestMemory
 from mini_bhyve.operands import MASKS, RAX, RDX, RSP, Operand, Register, general_register
@@ -57,10 +57,10 @@ class Cpu:
 
     __slots__ = (
         "acknowledge_interrupt", "attention", "bytes8", "clock", "code", "code_cache", "code_size", "cpl", "cr0",
-        "cr2", "cr3", "cr4", "debug", "efer", "flags", "flat_stack", "gdtr_base", "gdtr_limit", "halted",
-        "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "kernel_gs_base", "ldtr",
-        "linear_mask", "long_mode", "memory", "mmu", "mode", "next_ip", "nmi_blocked", "nmi_pending", "ports",
-        "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "system_flags", "tr", "traps_from",
+        "cr2", "cr3", "cr4", "cr8", "debug", "efer", "flags", "flat_stack", "gdtr_base", "gdtr_limit", "halted",
+        "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask", "long_mode",
+        "memory", "mmu", "mode", "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "regs",
+        "retired", "running", "segments", "stack_mask", "system_flags", "tr", "traps_from", "tsc_offset",
         "words16", "words32", "words64", "write_tlb",
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ class Cpu:
         self.ip = self.next_ip = 0xFFF0
         self.flags: fl.FlagSource = (fl.EXPLICIT, 0, 0, 0, 32)
         self.system_flags = 0  # EFLAGS but for the arithmetic ones and the bit that is always 1
-        self.segments = [seg.real_mode_segment(0) for _ in range(6)]
+        self.segments: list[seg.Segment] = [seg.real_mode_segment(0) for _ in range(6)]
         # The one time that CS is not its selector times 16: the first instruction is fetched from FFFF FFF0.
         self.segments[seg.CS] = seg.Segment(0xF000, 0xFFFF0000, 0xFFFF, seg.REAL_MODE_ACCESS)
         self.gdtr_base = self.idtr_base = 0
@@ -103,8 +103,11 @@ class Cpu:
         self.ldtr = seg.Segment(0, 0, 0xFFFF, seg.PRESENT | seg.LDT)
         self.tr = seg.Segment(0, 0, 0xFFFF, seg.PRESENT | seg.TSS32_BUSY)
         self.cr0 = CR0_CD | CR0_NW | CR0_ET
-        self.cr2 = self.cr3 = self.cr4 = self.efer = 0
-        self.kernel_gs_base = 0
+        self.cr2 = self.cr3 = self.cr4 = 0
+        self.efer: int = 0
+        self.cr8 = 0  # the task priority, 0 to 15: interrupts of that priority and below wait in the local APIC
+        self.msrs = dict.fromkeys(msr.KEPT, 0)
+        self.set_time_stamp(0)
         self.debug.reset()
         self.halted = False
         self.nmi_pending = self.nmi_blocked = False
@@ -141,6 +144,15 @@ class Cpu:
     def virtual_8086_mode(self) -> bool:
         """Whether a task runs as if in real mode, at level 3 and watched over by protected mode (SDM vol. 3B, 20.2)."""
         return self.system_flags & fl.VM != 0
+
+    @property
+    def time_stamp(self) -> int:
+        """The time-stamp counter: the clock in nanoseconds, so a processor of 1 GHz, and what WRMSR has added to it."""
+        return self.clock.now + self.tsc_offset & MASKS[64]
+
+    def set_time_stamp(self, value: int) -> None:
+        """Let the counter go on from `value`."""
+        self.tsc_offset = value - self.clock.now & MASKS[64]
 
     def accumulator(self, width: int) -> Operand:
         """AL, AX, EAX or RAX as an operand, for instructions that imply it."""
@@ -207,12 +219,10 @@ class Cpu:
         self.flush_tlb()
 
     def read_control_register(self, number: int) -> int:
-        """MOV from CRn: for level 0 only; #UD for one that is not there."""
+        """MOV from CRn: for level 0 only."""
         if self.cpl:
             raise general_protection()
-        if number in (0, 2, 3, 4):
-            return (self.cr0, 0, self.cr2, self.cr3, self.cr4)[number]
-        raise undefined_opcode()
+        return {0: self.cr0, 2: self.cr2, 3: self.cr3, 4: self.cr4, 8: self.cr8}[number]
 
     def write_control_register(self, number: int, value: int) -> None:
         """MOV to CRn, with its checks (SDM vol. 2B, MOV-Control Registers); #GP for what may not be set."""
@@ -223,6 +233,9 @@ class Cpu:
         elif number == 2:
             self.cr2 = value
         elif number == 3:
+            # The bits below 12 that mean nothing are ignored, those beyond the physical addresses are not.
+            if value >> paging.PHYSICAL_BITS:
+                raise general_protection()
             self.cr3 = value
             self.update_paging()
         elif number == 4:
@@ -232,8 +245,11 @@ class Cpu:
             self.update_paging()
             self.debug.set_extensions(value & CR4_DE != 0)
             self.update_debug()
+        elif value > 15:
+            raise general_protection()
         else:
-            raise undefined_opcode()
+            self.cr8 = value
+            self.attention = True  # an interrupt may have waited for this
 
     def write_cr0(self, value: int) -> None:
         """CR0, and with it protected mode, paging, and the second half of entering long mode (SDM vol. 3A, 9.8.5)."""
@@ -245,7 +261,8 @@ class Cpu:
         paging_begins = value & CR0_PG and not self.cr0 & CR0_PG
         paging_ends = self.cr0 & CR0_PG and not value & CR0_PG
         if paging_begins and self.efer & EFER_LME:
-            if not self.cr4 & CR4_PAE or self.segments[seg.CS].access & seg.LONG:
+            tss16 = self.tr.access & seg.TYPE in (seg.TSS16_AVAILABLE, seg.TSS16_BUSY)
+            if not self.cr4 & CR4_PAE or self.segments[seg.CS].access & seg.LONG or tss16:
                 raise general_protection()
             self.efer |= EFER_LMA
         elif paging_ends:
@@ -372,7 +389,9 @@ class Cpu:
         self.cr0, self.cr2 = state.u32("cr0", self.cr0), state.u64("cr2", self.cr2)
         self.cr3, self.cr4 = state.u64("cr3", self.cr3), state.u32("cr4", self.cr4)
         self.efer = state.u64("efer", self.efer)
-        self.kernel_gs_base = state.u64("kernel_gs_base", self.kernel_gs_base)
+        self.cr8 = state.u8("cr8", self.cr8)
+        self.msrs = {number: state.u64(kept.name, self.msrs[number]) for number, kept in msr.KEPT.items()}
+        self.tsc_offset = state.u64("tsc_offset", self.tsc_offset)
         self.debug.extensions = self.cr4 & CR4_DE != 0
         self.debug.snapshot(state)
         self.halted = state.flag("halted", self.halted)

@@ -1,72 +1,142 @@
 """CPUID: what the processor says of itself, in one table with the meaning beside each bit.
 
-Mirrors Intel SDM vol. 2A, CPUID, and FreeBSD's sys/amd64/vmm/x86.c. It offers what is implemented and nothing else.
+Mirrors Intel SDM vol. 2A, CPUID, and FreeBSD's sys/amd64/vmm/x86.c. It offers what is implemented and nothing else: a
+new instruction or mode is one more line in `FEATURES`. What may be set in CR4 and EFER follows from the same table, so
+that no feature can be switched on that is not offered.
+
+    CPUID takes a leaf in EAX and, for some leaves, a subleaf in ECX; it answers in EAX, EBX, ECX and EDX.
+    FEATURES   (leaf, subleaf, register) -> the bits of that register, each a thing that the processor can do
+    NUMBERS    (leaf, subleaf, register) -> what is a number, or a text, instead
 """
 
 from __future__ import annotations
 
-from mini_bhyve.registers import CR4_DE, CR4_PAE, CR4_PGE, CR4_PSE, CR4_TSD, EFER_LMA, EFER_LME, EFER_NXE
+from typing import NamedTuple
+
+from mini_bhyve.paging import PHYSICAL_BITS
+from mini_bhyve.registers import (
+    CR4_DE,
+    CR4_FSGSBASE,
+    CR4_PAE,
+    CR4_PCE,
+    CR4_PGE,
+    CR4_PSE,
+    CR4_TSD,
+    CR4_UMIP,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NXE,
+    EFER_SCE,
+)
 
 VENDOR = b"GenuineIntel"
 BRAND = b"mini-bhyve x86 interpreter"
 HYPERVISOR = b"bhyve bhyve "
 
-SIGNATURE = 0x600  # family 6, model 0, stepping 0
+# Family 6, model 6, stepping 3. The oldest models of family 6 have SEP set by mistake, and software that knows does
+# not use SYSENTER on them (CPUID, "SYSENTER/SYSEXIT"); the later ones are expected to have registers of their own.
+SIGNATURE = 0x663
 
-FEATURES_EDX = {
-    2: "DE: breakpoints on ports (CR4.DE)",
-    3: "PSE: 4-MByte pages",
-    4: "TSC: RDTSC",
-    5: "MSR: RDMSR and WRMSR",
-    6: "PAE: physical addresses of more than 32 bits",
-    8: "CX8: CMPXCHG8B",
-    13: "PGE: global pages (CR4.PGE; all pages are flushed alike)",
-    15: "CMOV: conditional moves",
+LINEAR_BITS = 48
+MAX_BASIC, MAX_EXTENDED = 0xD, 0x80000008
+
+EAX, EBX, ECX, EDX = range(4)
+
+
+class Feature(NamedTuple):
+    """Something that the processor can do, and the bits that may be set elsewhere because it can."""
+
+    name: str  # the manual's
+    meaning: str
+    cr4: int = 0
+    efer: int = 0
+    code_size: int = 0  # told only to code of this size; 0: to all
+
+
+FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
+    (0x1, 0, ECX): {
+        13: Feature("CMPXCHG16B", "compare and exchange 16 bytes"),
+        31: Feature("HYPERVISOR", "a hypervisor is present"),
+    },
+    (0x1, 0, EDX): {
+        2: Feature("DE", "breakpoints on ports", cr4=CR4_DE),
+        3: Feature("PSE", "4-MByte pages", cr4=CR4_PSE),
+        4: Feature("TSC", "RDTSC", cr4=CR4_TSD),
+        5: Feature("MSR", "RDMSR and WRMSR"),
+        6: Feature("PAE", "physical addresses of more than 32 bits", cr4=CR4_PAE),
+        8: Feature("CX8", "CMPXCHG8B"),
+        11: Feature("SEP", "SYSENTER and SYSEXIT"),
+        13: Feature("PGE", "global pages; all pages are flushed alike", cr4=CR4_PGE),
+        15: Feature("CMOV", "conditional moves"),
+    },
+    (0x7, 0, EBX): {
+        0: Feature("FSGSBASE", "RDFSBASE, WRGSBASE ...", cr4=CR4_FSGSBASE),
+    },
+    (0x7, 0, ECX): {
+        2: Feature("UMIP", "SGDT, SIDT, SLDT, SMSW and STR can be kept from programs", cr4=CR4_UMIP),
+        22: Feature("RDPID", "RDPID, and the register that it reads"),
+    },
+    (0x80000001, 0, ECX): {
+        0: Feature("LAHF64", "LAHF and SAHF in 64-bit mode"),
+    },
+    (0x80000001, 0, EDX): {
+        11: Feature("SYSCALL", "SYSCALL and SYSRET, which exist in 64-bit mode only", efer=EFER_SCE, code_size=64),
+        20: Feature("NX", "execute disable", efer=EFER_NXE),
+        27: Feature("RDTSCP", "RDTSCP, and the register that it reads"),
+        29: Feature("LM", "64-bit mode", efer=EFER_LME | EFER_LMA),
+    },
+    (0x80000007, 0, EDX): {
+        8: Feature("INVARIANT_TSC", "the time-stamp counter never changes its pace, nor does it stop"),
+    },
 }
-FEATURES_ECX = {
-    13: "CX16: CMPXCHG16B",
-    31: "a hypervisor is present",
+
+
+def _text(leaf: int, registers: tuple[int, ...], text: bytes) -> dict[tuple[int, int, int], int]:
+    """A text in consecutive leaves, four bytes a register."""
+    places = [(leaf + number, 0, register) for number in range(len(text) // 16 + 1) for register in registers]
+    parts = [text[start : start + 4] for start in range(0, len(text), 4)]
+    return {place: int.from_bytes(part, "little") for place, part in zip(places, parts)}
+
+
+NUMBERS: dict[tuple[int, int, int], int] = {
+    (0x0, 0, EAX): MAX_BASIC,
+    **_text(0x0, (EBX, EDX, ECX), VENDOR),
+    (0x1, 0, EAX): SIGNATURE,
+    (0x2, 0, EAX): 1,  # asking once tells all there is to tell of caches, which is nothing
+    (0x40000000, 0, EAX): 0x40000000,
+    **_text(0x40000000, (EBX, ECX, EDX), HYPERVISOR),
+    (0x80000000, 0, EAX): MAX_EXTENDED,
+    **_text(0x80000002, (EAX, EBX, ECX, EDX), BRAND),
+    (0x80000008, 0, EAX): LINEAR_BITS << 8 | PHYSICAL_BITS,
 }
-EXTENDED_EDX = {
-    20: "NX: execute disable",
-    29: "LM: 64-bit mode",
-}
-EXTENDED_ECX = {
-    0: "LAHF and SAHF in 64-bit mode",
-}
 
-# What may be set in control registers: the features above and no others.
-CR4_SUPPORTED = CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_PGE
-EFER_SUPPORTED = EFER_LME | EFER_LMA | EFER_NXE
+# Leaves that look at ECX. The others give the same answer whatever it holds.
+WITH_SUBLEAVES = {leaf for leaf, subleaf, _ in (*FEATURES, *NUMBERS) if subleaf} | {0x7}
 
-
-def _bits(features: dict[int, str]) -> int:
-    return sum(1 << bit for bit in features)
+# What may be set in control registers: what the features above need, and the counters' bit, which family 6 has always.
+CR4_SUPPORTED, EFER_SUPPORTED = CR4_PCE, 0
+for _features in FEATURES.values():
+    for _feature in _features.values():
+        CR4_SUPPORTED |= _feature.cr4
+        EFER_SUPPORTED |= _feature.efer
 
 
-def _text(text: bytes, start: int) -> tuple[int, int, int, int]:
-    """Sixteen bytes of a text as EAX, EBX, ECX, EDX."""
-    part = text.ljust(48, b"\0")[start : start + 16]
-    a, b, c, d = (int.from_bytes(part[i : i + 4], "little") for i in (0, 4, 8, 12))
-    return a, b, c, d
+def cpuid(leaf: int, subleaf: int = 0, code_size: int = 64) -> tuple[int, int, int, int]:
+    """EAX, EBX, ECX and EDX for a leaf, as code of this size sees it; zeros for a subleaf that is not there.
+
+    Beyond the last leaf of its kind: what the last basic one says, as on Intel's.
+    """
+    if not (leaf <= MAX_BASIC or leaf == 0x40000000 or 0x80000000 <= leaf <= MAX_EXTENDED):
+        leaf = MAX_BASIC
+    if leaf not in WITH_SUBLEAVES:
+        subleaf = 0
+    eax, ebx, ecx, edx = (_register(leaf, subleaf, register, code_size) for register in (EAX, EBX, ECX, EDX))
+    return eax, ebx, ecx, edx
 
 
-def cpuid(leaf: int) -> tuple[int, ...]:
-    """EAX, EBX, ECX and EDX for a leaf. Beyond the last leaf: what the last basic one says, as on Intel's."""
-    vendor = [int.from_bytes(VENDOR[i : i + 4], "little") for i in (0, 4, 8)]
-    hypervisor = [int.from_bytes(HYPERVISOR[i : i + 4], "little") for i in (0, 4, 8)]
-    basic_features = (SIGNATURE, 0, _bits(FEATURES_ECX), _bits(FEATURES_EDX))
-    leaves = {
-        0: (1, vendor[0], vendor[2], vendor[1]),
-        1: basic_features,
-        0x40000000: (0x40000000, *hypervisor),
-        0x80000000: (0x80000008, 0, 0, 0),
-        0x80000001: (0, 0, _bits(EXTENDED_ECX), _bits(EXTENDED_EDX)),
-        0x80000002: _text(BRAND, 0),
-        0x80000003: _text(BRAND, 16),
-        0x80000004: _text(BRAND, 32),
-        0x80000008: (48 << 8 | 40, 0, 0, 0),  # bits of a linear and of a physical address
-    }
-    if 0x80000000 <= leaf <= 0x80000008:
-        return leaves.get(leaf, (0, 0, 0, 0))
-    return leaves.get(leaf, basic_features)
+def _register(leaf: int, subleaf: int, register: int, code_size: int) -> int:
+    value = NUMBERS.get((leaf, subleaf, register), 0)
+    for bit, feature in FEATURES.get((leaf, subleaf, register), {}).items():
+        if feature.code_size in (0, code_size):
+            value |= 1 << bit
+    return value

@@ -76,7 +76,7 @@ _SEGMENTS = {
     x86.X86_REG_ES: ES, x86.X86_REG_CS: CS, x86.X86_REG_SS: SS_,
     x86.X86_REG_DS: DS, x86.X86_REG_FS: FS, x86.X86_REG_GS: GS,
 }  # fmt: skip
-_CONTROL = {getattr(x86, f"X86_REG_CR{_n}"): _n for _n in range(16) if _n != 8}  # CR8, the task priority: not yet
+_CONTROL = {getattr(x86, f"X86_REG_CR{_n}"): _n for _n in range(16)}
 _DEBUG = {getattr(x86, f"X86_REG_DR{_n}"): _n for _n in range(16)}
 _IP = (x86.X86_REG_RIP, x86.X86_REG_EIP)
 _NO_REGISTER = (x86.X86_REG_INVALID, x86.X86_REG_EIZ, x86.X86_REG_RIZ)

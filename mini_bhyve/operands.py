@@ -378,7 +378,7 @@ class SegmentRegister(SpecialRegister):
 
 
 class ControlRegister(SpecialRegister):
-    """CR0, CR2, CR3 or CR4; #UD for the others."""
+    """CR0, CR2, CR3, CR4 or, in 64-bit mode, CR8; #UD for the others."""
 
     __slots__ = ("cpu", "number")
 
@@ -386,6 +386,8 @@ class ControlRegister(SpecialRegister):
         super().__init__(width)
         self.cpu = cpu
         self.number = number
+        if number not in (0, 2, 3, 4, 8):
+            raise undefined_opcode()
 
     @property
     def value(self):

@@ -216,3 +216,8 @@ class Mmu:
 
 def _signed64(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
+
+
+def is_canonical(linear: int) -> bool:
+    """Whether an address of 64 bits has its upper 17 bits alike, as 64-bit mode demands (SDM vol. 1, 3.3.7.1)."""
+    return (linear + (1 << 47)) & (1 << 64) - 1 < 1 << 48

@@ -1,7 +1,7 @@
-"""Names of the bits in control registers, and numbers of model-specific registers.
+"""Names of the bits in control registers.
 
-Mirrors Intel SDM vol. 3A, 2.5 (Control Registers), 2.2.1 (EFER), vol. 4 (Model-Specific Registers). EFLAGS is in
-`flags.py`.
+Mirrors Intel SDM vol. 3A, 2.5 (Control Registers), 2.2.1 (EFER). EFLAGS is in `flags.py`; model-specific registers are
+in `msr.py`.
 """
 
 # CR0
@@ -21,12 +21,12 @@ CR4_DE = 1 << 3  # breakpoints on ports
 CR4_PSE = 1 << 4  # 4-MByte pages
 CR4_PAE = 1 << 5  # entries of 8 bytes
 CR4_PGE = 1 << 7  # global pages
+CR4_PCE = 1 << 8  # RDPMC at every level
+CR4_UMIP = 1 << 11  # SGDT, SIDT, SLDT, SMSW and STR for level 0 only
+CR4_FSGSBASE = 1 << 16  # RDFSBASE, WRGSBASE ...
 
 # EFER
+EFER_SCE = 1 << 0  # SYSCALL and SYSRET
 EFER_LME = 1 << 8  # long mode wanted
 EFER_LMA = 1 << 10  # long mode active: wanted, and paging is on
 EFER_NXE = 1 << 11  # execute disable
-
-MSR_TSC = 0x10
-MSR_EFER = 0xC0000080
-MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE = 0xC0000100, 0xC0000101, 0xC0000102

@@ -45,9 +45,11 @@ class Stem(NamedTuple):
 
 # Opcodes of which the ModRM byte is a part, or a REX prefix behind F3, so that a look through the maps misses them.
 FIXED_MODRM = {
-    x86.X86_INS_ENDBR64: b"\x0f\x1e\xfa",
-    x86.X86_INS_ENDBR32: b"\x0f\x1e\xfb",
-    x86.X86_INS_RDSSPQ: b"\x48\x0f\x1e\xca",
+    x86.X86_INS_ENDBR64: Stem(b"\xf3", b"\x0f\x1e\xfa", None),
+    x86.X86_INS_ENDBR32: Stem(b"\xf3", b"\x0f\x1e\xfb", None),
+    x86.X86_INS_RDSSPQ: Stem(b"\xf3", b"\x48\x0f\x1e\xca", None),
+    x86.X86_INS_SWAPGS: Stem(b"", b"\x0f\x01\xf8", None),
+    x86.X86_INS_RDTSCP: Stem(b"", b"\x0f\x01\xf9", None),
 }
 
 
@@ -93,9 +95,10 @@ def forms(bits: int) -> dict[int, list[Stem]]:
                         break
             if not prefix:
                 plain = {number for number, _ in decoded.values()}
-    for number, opcode in FIXED_MODRM.items():
-        if bits == 64 or opcode[0] == 0x0F:
-            found[number] = [Stem(b"\xf3", opcode, None)]
+    for number, stem in FIXED_MODRM.items():
+        found[number] = [stem]
+    if bits != 64:
+        del found[x86.X86_INS_RDSSPQ], found[x86.X86_INS_SWAPGS]
     return found
 
 
@@ -404,6 +407,11 @@ class Generator:
         frame += [value.to_bytes(size, "little") for value in (DATA, stack)]
         return [(self.stack(registers), b"".join(frame))]
 
+    def table_register(self, insn: capstone.CsInsn, code: bytearray, registers: list[int]) -> list[tuple[int, bytes]]:
+        """LGDT and LIDT: more often than chance would have it, the base is canonical."""
+        base = self.number() if self.random.random() < 0.1 else self.random.getrandbits(47)
+        return [(self.place(insn, registers) + 2, base.to_bytes(8, "little")[: 8 if self.wide else 4])]
+
     def model_specific(self, insn: capstone.CsInsn, code: bytearray, registers: list[int]) -> None:
         """EFER and the segment bases."""
         number = self.random.choice((0xC0000080, 0xC0000100, 0xC0000101, 0xC0000102))
@@ -428,6 +436,7 @@ PREPARATIONS: dict[str, Preparation] = {
     **dict.fromkeys(("cmpxchg", "cmpxchg8b", "cmpxchg16b"), Generator.accumulator),
     "bound": Generator.limits,
     **dict.fromkeys(("lldt", "ltr", "lar", "lsl", "verr", "verw"), Generator.selector),
+    **dict.fromkeys(("lgdt", "lidt"), Generator.table_register),
     "mov": Generator.move,
     "pop": Generator.pop_segment,
     **dict.fromkeys(("lds", "les", "lfs", "lgs", "lss", "ljmp", "lcall", "jmp", "call"), Generator.far_pointer),

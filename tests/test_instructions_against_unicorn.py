@@ -136,6 +136,11 @@ UNICORN_ERRORS = [
           NEAR_BRANCHES, lambda case, insn, ours, theirs: case.world.endswith("64") and 0x66 in prefixes(case, insn)),
     Error("an offset beyond the limit is noticed late, and reported with the selector", "vol. 2A, CALL", "lcall ljmp",
           lambda case, insn, ours, theirs: ours.vector == theirs.vector == GP, fields="error_code memory"),
+    Error("real mode is refused before it is asked whether there is such an instruction", "vol. 2B, SYSRET", "sysret",
+          lambda case, insn, ours, theirs: case.world == "real", fields="vector"),
+    Error("there is no such instruction", "vol. 2B, RDPMC", "rdpmc", fields="vector"),
+    Error("a base that is not canonical is taken", "vol. 2A, LGDT/LIDT", "lgdt lidt",
+          lambda case, insn, ours, theirs: WORLDS[case.world].bits == 64 and ours.vector == GP and not theirs.vector),
     Error("ports are open to every privilege level", "vol. 1, 19.5.2", "in out insb insw insd outsb outsw outsd",
           lambda case, insn, ours, theirs: WORLDS[case.world].cpl > 0 and ours.vector == GP),
 ]  # fmt: skip
@@ -143,7 +148,9 @@ UNICORN_ERRORS = [
 # What is not compared at all.
 NOT_COMPARED = {
     "cpuid": "says what our processor is, and it is another one than Unicorn's",
-    "rdtsc": "tells our time",
+    **dict.fromkeys(("rdtsc", "rdtscp"), "tells our time"),
+    "rdpid": "is younger than the processor that Unicorn plays here",
+    **dict.fromkeys(("syscall", "sysenter"), "Unicorn has a hook in its place"),
     "int1": "Unicorn has none; it is a debug exception (vol. 2A, INT1)",
 }
 
@@ -216,10 +223,10 @@ class Comparison:
 
 # What never gets through, and where: there its exception alone is compared.
 ALWAYS_FAULT = {
-    "": "int int3 ud0 ud1 ud2",
+    "": "int int3 rdfsbase rdgsbase rdpmc sysexit sysexitq sysret sysretq ud0 ud1 ud2 wrfsbase wrgsbase",
     "real": "arpl lar lldt lsl ltr sldt str verr verw",
     "user": "clts cli hlt in insb insd insw invd invlpg lgdt lidt lldt lmsw ltr out outsb outsd outsw rdmsr sti "
-    "wbinvd wbnoinvd wrmsr",
+    "swapgs wbinvd wbnoinvd wrmsr",
 }
 
 
@@ -314,6 +321,9 @@ NOT_DECODED_ALIKE = {
     **{b"\x0f" + bytes([n]): "capstone does not know all of the hints that are set aside here (vol. 2D, table A-3)"
        for n in (0x0D, *range(0x18, 0x20))},
     b"\x0f\xba": "Unicorn reads the operand of 0F BA /0 to /3 before it finds that there is no such instruction",
+    b"\x0f\x07": "Unicorn asks for protected mode before it asks whether there is SYSRET",
+    **dict.fromkeys((b"\x0f\x05", b"\x0f\x34"), "Unicorn has a hook in place of SYSCALL and SYSENTER"),
+    b"\x0f\x33": "Unicorn does not know RDPMC",
     b"\xff": "Unicorn reads the operand of FF /7 before it finds that there is no such instruction",
     b"\xc6": "Unicorn takes MOV with any number in bits 5-3 of ModRM",
     b"\xc7": "Unicorn takes MOV with any number in bits 5-3 of ModRM",

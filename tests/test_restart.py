@@ -25,7 +25,7 @@ TABLES, PAGES = 0x1000, SIZE >> 12
 TRIES, ENOUGH_FAULTS = 30, 12  # for each instruction
 
 # Instructions that cannot be told from their second run, or have none.
-SKIPPED = ("rdtsc", "cpuid")
+SKIPPED = ("rdtsc", "rdtscp", "cpuid")
 
 
 class PageTables:

@@ -23,14 +23,14 @@ from unittest import mock
 import unicorn
 from unicorn import x86_const as uc
 
-from mini_bhyve import interrupts
+from mini_bhyve import interrupts, msr
 from mini_bhyve import segmentation as seg
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.faults import DB, DF, GP, NP, PF, SS, TS, UD, GuestFault
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import MASKS
-from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, MSR_EFER
+from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME
 
 SIZE = 0x40000
 GDT, PAGE_TABLES, CODE, DATA = 0x800, 0x1000, 0x8000, 0xA000
@@ -218,7 +218,7 @@ class Ours:
         cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer = case.controls or self.controls
         cpu.cr2, cpu.halted, cpu.attention = 0, False, False
         cpu.gdtr_base, cpu.gdtr_limit, cpu.idtr_base, cpu.idtr_limit = GDT, len(DESCRIPTORS) * 8 - 1, 0, 0x3FF
-        cpu.kernel_gs_base = 0
+        cpu.msrs = dict.fromkeys(msr.KEPT, 0)
         cpu.debug.reset()
         cpu.update_debug()
         cpu.ldtr, cpu.tr = seg.null_segment(0), seg.null_segment(0)
@@ -366,7 +366,7 @@ class Theirs:
             cr0, cr3, cr4, efer = case.controls
             for register, value in ((uc.UC_X86_REG_CR3, cr3), (uc.UC_X86_REG_CR4, cr4)):
                 self.uc.reg_write(register, value)
-            self.uc.reg_write(uc.UC_X86_REG_MSR, (MSR_EFER, efer))
+            self.uc.reg_write(uc.UC_X86_REG_MSR, (msr.EFER, efer))
             self.uc.reg_write(uc.UC_X86_REG_CR0, cr0)
         self.uc.reg_write_batch(list(zip(self.registers, case.registers)))
         self.uc.reg_write(uc.UC_X86_REG_EFLAGS, case.flags)

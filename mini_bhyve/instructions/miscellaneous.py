@@ -36,7 +36,8 @@ def xlat(cpu, encoding):
 
 @instruction("cpuid", data_decides=True)
 def cpuid(cpu):
-    values = identification.cpuid(cpu.regs[RAX].value & 0xFFFFFFFF)
+    leaf, subleaf = cpu.regs[RAX].value & 0xFFFFFFFF, cpu.regs[RCX].value & 0xFFFFFFFF
+    values = identification.cpuid(leaf, subleaf, cpu.code_size)
     for index, value in zip((RAX, RBX, RCX, RDX), values):
         cpu.regs[index].value = value
 

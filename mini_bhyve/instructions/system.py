@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from mini_bhyve import msr
 from mini_bhyve import segmentation as seg
 from mini_bhyve.faults import NM, GuestFault, general_protection, undefined_opcode
 from mini_bhyve.flags import EXPLICIT, ZF, arithmetic_flags
 from mini_bhyve.instructions.definition import instruction
 from mini_bhyve.operands import RAX, RCX, RDX, Memory
+from mini_bhyve.paging import is_canonical
 from mini_bhyve.registers import (
     CR0_MP,
     CR0_TS,
+    CR4_FSGSBASE,
     CR4_TSD,
-    MSR_EFER,
-    MSR_FS_BASE,
-    MSR_GS_BASE,
-    MSR_KERNEL_GS_BASE,
-    MSR_TSC,
+    CR4_UMIP,
 )
 
 
@@ -31,6 +30,18 @@ def _protected_only(cpu):
         raise undefined_opcode()
 
 
+def _kept_from_programs(cpu):
+    """With CR4.UMIP, only level 0 sees where the kernel's tables are (SDM vol. 3A, 2.5, "UMIP")."""
+    if cpu.cpl and cpu.cr4 & CR4_UMIP:
+        raise general_protection()
+
+
+def _64_bit_only(cpu):
+    """Not recognized outside 64-bit mode."""
+    if cpu.code_size != 64:
+        raise undefined_opcode()
+
+
 # --- Descriptor tables ----------------------------------------------------------------------------------------------
 #
 # In memory, GDTR and IDTR are a limit of 16 bits and behind it a base of 32 (64 in 64-bit mode). With a 16-bit operand
@@ -41,8 +52,10 @@ def _load_table(cpu, encoding, pointer):
     _privileged(cpu)
     limit = pointer.at(0, 16).value
     base = pointer.at(2, 64 if cpu.code_size == 64 else 32).value
-    if encoding.operand_width == 16 and cpu.code_size != 64:
-        base &= 0xFFFFFF
+    if cpu.code_size != 64:
+        return base & 0xFFFFFF if encoding.operand_width == 16 else base, limit
+    if not is_canonical(base):
+        raise general_protection()
     return base, limit
 
 
@@ -61,13 +74,15 @@ def lidt(cpu, encoding, pointer):
     cpu.idtr_base, cpu.idtr_limit = _load_table(cpu, encoding, pointer)
 
 
-@instruction("sgdt")
+@instruction("sgdt", data_decides=True)
 def sgdt(cpu, pointer):
+    _kept_from_programs(cpu)
     _store_table(cpu, pointer, cpu.gdtr_base, cpu.gdtr_limit)
 
 
-@instruction("sidt")
+@instruction("sidt", data_decides=True)
 def sidt(cpu, pointer):
+    _kept_from_programs(cpu)
     _store_table(cpu, pointer, cpu.idtr_base, cpu.idtr_limit)
 
 
@@ -90,15 +105,17 @@ def _store_selector(dst, selector):
     (dst.at(0, 16) if isinstance(dst, Memory) else dst).value = selector
 
 
-@instruction("sldt")
+@instruction("sldt", data_decides=True)
 def sldt(cpu, dst):
     _protected_only(cpu)
+    _kept_from_programs(cpu)
     _store_selector(dst, cpu.ldtr.selector)
 
 
-@instruction("str")
+@instruction("str", data_decides=True)
 def str_(cpu, dst):
     _protected_only(cpu)
+    _kept_from_programs(cpu)
     _store_selector(dst, cpu.tr.selector)
 
 
@@ -179,9 +196,10 @@ def arpl(cpu, dst, src):
 # level.
 
 
-@instruction("smsw")
+@instruction("smsw", data_decides=True)
 def smsw(cpu, dst):
     """SMSW: the low half of CR0, from the time when there was no more of it."""
+    _kept_from_programs(cpu)
     if isinstance(dst, Memory):
         dst.at(0, 16).value = cpu.cr0 & 0xFFFF
     else:
@@ -231,52 +249,90 @@ def hlt(cpu):
 # --- Model-specific registers and the time stamp --------------------------------------------------------------------
 
 
-_SEGMENT_BASES = {MSR_FS_BASE: seg.FS, MSR_GS_BASE: seg.GS}
+def _write_pair(cpu, value):
+    """EDX:EAX."""
+    cpu.regs[RAX].value, cpu.regs[RDX].value = value & 0xFFFFFFFF, value >> 32
+
+
+def _read_time_stamp(cpu):
+    if cpu.cr4 & CR4_TSD and cpu.cpl:
+        raise general_protection()
+    _write_pair(cpu, cpu.time_stamp)
 
 
 @instruction("rdtsc", data_decides=True)
 def rdtsc(cpu):
-    """RDTSC: the clock in nanoseconds, so a processor of 1 GHz."""
-    if cpu.cr4 & CR4_TSD and cpu.cpl:
-        raise general_protection()
-    _write_pair(cpu, cpu.clock.now)
+    _read_time_stamp(cpu)
 
 
-def _write_pair(cpu, value):
-    """EDX:EAX."""
-    cpu.regs[RAX].value, cpu.regs[RDX].value = value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
+@instruction("rdtscp", data_decides=True)
+def rdtscp(cpu):
+    """RDTSCP: RDTSC, and in ECX what the operating system says of this processor."""
+    _read_time_stamp(cpu)
+    cpu.regs[RCX].value = cpu.msrs[msr.TSC_AUX]
+
+
+@instruction("rdpid", data_decides=True)
+def rdpid(cpu, dst):
+    dst.value = cpu.msrs[msr.TSC_AUX]
+
+
+@instruction("rdpmc", data_decides=True)
+def rdpmc(cpu):
+    """RDPMC: there are no performance-monitoring counters, and #GP is what the number of one that is not there gives.
+
+    (So CR4.PCE, which lets programs read them, changes nothing.)
+    """
+    raise general_protection()
 
 
 @instruction("rdmsr", data_decides=True)
 def rdmsr(cpu):
-    """RDMSR: #GP for a register that is not there."""
     _privileged(cpu)
-    number = cpu.regs[RCX].value & 0xFFFFFFFF
-    if number == MSR_EFER:
-        value = cpu.efer
-    elif number == MSR_TSC:
-        value = cpu.clock.now
-    elif number in _SEGMENT_BASES:
-        value = cpu.segments[_SEGMENT_BASES[number]].base
-    elif number == MSR_KERNEL_GS_BASE:
-        value = cpu.kernel_gs_base
-    else:
-        raise general_protection()
-    _write_pair(cpu, value)
+    _write_pair(cpu, msr.read(cpu, cpu.regs[RCX].value & 0xFFFFFFFF))
 
 
 @instruction("wrmsr", ends_block=True, data_decides=True)
 def wrmsr(cpu):
     _privileged(cpu)
-    number = cpu.regs[RCX].value & 0xFFFFFFFF
     value = (cpu.regs[RDX].value & 0xFFFFFFFF) << 32 | cpu.regs[RAX].value & 0xFFFFFFFF
-    if number == MSR_EFER:
-        cpu.write_efer(value)
-    elif number in _SEGMENT_BASES:
-        index = _SEGMENT_BASES[number]
-        old = cpu.segments[index]
-        cpu.segments[index] = seg.Segment(old.selector, value, old.limit, old.access)
-    elif number == MSR_KERNEL_GS_BASE:
-        cpu.kernel_gs_base = value
-    else:
-        raise general_protection()
+    msr.write(cpu, cpu.regs[RCX].value & 0xFFFFFFFF, value)
+
+
+# --- The bases of FS and GS -----------------------------------------------------------------------------------------
+#
+# In 64-bit mode they are what is left of segmentation: FS points to a thread's own data, GS to the processor's.
+
+
+@instruction("swapgs", data_decides=True)
+def swapgs(cpu):
+    """SWAPGS: a kernel that has been entered by SYSCALL has no register to work with, but for this."""
+    _64_bit_only(cpu)
+    _privileged(cpu)
+    base = cpu.segments[seg.GS].base
+    msr.set_base(cpu, seg.GS, cpu.msrs[msr.KERNEL_GS_BASE])
+    cpu.msrs[msr.KERNEL_GS_BASE] = base
+
+
+def _define_base_access(letter, index):
+    @instruction(f"rd{letter}sbase", data_decides=True)
+    def read_base(cpu, dst):
+        """RDFSBASE, RDGSBASE: at any privilege level, if the operating system lets it."""
+        _bases_enabled(cpu)
+        dst.value = cpu.segments[index].base & dst.mask
+
+    @instruction(f"wr{letter}sbase", data_decides=True)
+    def write_base(cpu, src):
+        """WRFSBASE, WRGSBASE: 32 bits are zero-extended."""
+        _bases_enabled(cpu)
+        msr.set_base(cpu, index, src.value)
+
+
+def _bases_enabled(cpu):
+    _64_bit_only(cpu)
+    if not cpu.cr4 & CR4_FSGSBASE:
+        raise undefined_opcode()
+
+
+_define_base_access("f", seg.FS)
+_define_base_access("g", seg.GS)
