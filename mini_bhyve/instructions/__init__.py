@@ -12,6 +12,7 @@
     segment.py         5.1.12  LDS, LES ...
     miscellaneous.py   5.1.9, 5.1.13  LEA, NOP, XLAT, CPUID, IN, OUT
     system.py          5.21    LGDT, MOV CR, INVLPG, HLT, RDMSR ...
+    fast_call.py       5.21    SYSCALL, SYSRET, SYSENTER, SYSEXIT
 
 Importing this package fills `DEFINITIONS`.
 """
@@ -22,6 +23,7 @@ from mini_bhyve.instructions import (  # noqa: F401
     control,
     data_transfer,
     decimal,
+    fast_call,
     flag_control,
     logical,
     miscellaneous,
