@@ -1,0 +1,199 @@
+"""A kernel's view of the processor: guests that state what the manual promises, on QEMU and on mini-bhyve.
+
+Each topic is a commented source in `kernel_view/`, a list of experiments that begin with a sentence (`base.inc` says
+how they work). It is assembled here, and one and the same binary runs on QEMU, an x86 that we did not write, and on
+ours. It compares what it sees with what it expects, and prints a line an experiment.
+
+What a topic expects is what the manual says, not what either machine does. Where QEMU is known to differ, `ON_QEMU`
+says how; mini-bhyve has no such table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from guest_tools import REPOSITORY, make_rom
+from vm_tools import PATIENCE, configured
+
+from mini_bhyve import loader
+from mini_bhyve.console import ScriptedConsole
+from mini_bhyve.machine import ExitCode, Machine
+
+SOURCES = Path(__file__).resolve().parent / "kernel_view"
+TOPICS = sorted(path.stem for path in SOURCES.glob("*.s"))
+LONG_MODE = {topic for topic in TOPICS if '.include "base64.inc"' in (SOURCES / f"{topic}.s").read_text()}
+
+# A guest that cannot do something by itself asks for it with this line, and goes on when a key is pressed.
+PLEASE_NMI = "please: nmi\n"
+
+NO_LIMITS = "QEMU's translated code does not look at segment limits, nor whether a segment is null"
+NO_EXT = "QEMU leaves EXT out when delivering an exception fails (SDM vol. 3A, 6.13)"
+NOT_SS = "QEMU does not raise #SS for a stack segment that is not present"
+
+# Where QEMU does not do what the manual says. (Seen with QEMU 7.2.)
+ON_QEMU = {
+    "gates": {
+        "A handler's segment must reach to the handler": NO_LIMITS,
+        "An exception that finds no gate says EXT: the program did not ask for it": NO_EXT,
+        "An exception that finds no segment says EXT": NO_EXT,
+        "EXT stands alone when the selector is null": NO_EXT,
+        "EXT stands alone when the handler lies beyond its segment": NO_LIMITS,
+        "A stack segment in the TSS must be present: #SS with the selector": NOT_SS + " but #TS (6.15, interrupt 12)",
+        "A stack segment in the TSS must have room: #SS with the selector": NO_LIMITS,
+        "An exception that finds no stack says EXT": NO_EXT,
+        "A call gate to conforming code changes neither level nor stack": "QEMU puts DPL for CPL into CS (5.8.5)",
+        "The code behind a gate must be present: #NP with the code": "QEMU raises #GP for a JMP (vol. 2A, JMP)",
+        "The code behind a gate must reach to the gate's offset": NO_LIMITS,
+        "An offset beyond the segment is #GP(0), before anything has been pushed": "QEMU gives the selector (vol. 2A)",
+        "A segment taken away is null: its use is #GP(0)": NO_LIMITS,
+        "A return does not go beyond the end of its segment": NO_LIMITS,
+        "A stack segment returned to must be present: #SS with the selector": NOT_SS + " but #NP (vol. 2B, RET)",
+    },
+}
+
+
+# --- Building ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """The binary of a topic, assembled once. Skips the test where the tools for it are missing."""
+    built: dict[str, bytes] = {}
+
+    def binary(topic: str) -> bytes:
+        for tool in ["as", "ld", "objcopy"]:
+            if shutil.which(tool) is None:
+                pytest.skip(f"{tool} is not installed")
+        if "i386" not in subprocess.run(["ld", "-V"], capture_output=True, text=True).stdout:
+            pytest.skip("the linker of this machine does not link for the x86")
+        if topic not in built:
+            built[topic] = assemble(topic, tmp_path_factory.mktemp(topic))
+        return built[topic]
+
+    return binary
+
+
+def assemble(topic: str, directory: Path) -> bytes:
+    """A flat file that is loaded at 0x7C00, as the shipped guests are."""
+    bits, emulation = ("64", "elf_x86_64") if topic in LONG_MODE else ("32", "elf_i386")
+    here, base = ["-I", str(SOURCES), "-I", str(REPOSITORY / "guests")], ["--defsym", "KERNEL_BASE=0"]
+    object_file, linked, flat = (str(directory / f"{topic}{suffix}") for suffix in (".o", ".elf", ".bin"))
+    script = ["-T", str(REPOSITORY / "guests" / "guest.ld"), "--build-id=none", "-z", "noexecstack"]
+    run("as", f"--{bits}", *base, *here, "-o", object_file, str(SOURCES / f"{topic}.s"))
+    run("ld", "-m", emulation, *base, *script, "--no-warn-rwx-segments", "-o", linked, object_file)
+    run("objcopy", "-O", "binary", linked, flat)
+    return Path(flat).read_bytes()
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+def on_mini_bhyve(binary: bytes) -> str:
+    """What the guest prints on our own machine, until it resets it or that gives up."""
+    console = Operator()
+    machine = console.machine = Machine(configured(guest="counter"), console)
+    machine.cpu.start(loader.load_flat(machine.memory, binary))
+    ended = machine.run()
+    assert ended in (ExitCode.REBOOT, ExitCode.TRIPLE_FAULT), machine.reason
+    return console.output.decode("ascii")
+
+
+class Operator(ScriptedConsole):
+    """A console at which somebody sits who does what the guest asks for."""
+
+    machine: Machine
+
+    def write(self, data: bytes) -> None:
+        super().write(data)
+        if self.output.endswith(PLEASE_NMI.encode("ascii")):
+            self.machine.cpu.nmi_pending = True
+            self.machine.kick()
+            self.input += b"\r"
+
+
+def on_qemu(binary: bytes, directory: Path) -> str:
+    """What the guest prints on QEMU, until it resets the machine. Skips the test where QEMU is not installed."""
+    program = "qemu-system-x86_64"
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    rom, monitor = directory / "rom", directory / "monitor"
+    rom.write_bytes(make_rom(binary))
+    # All that QEMU can do, but for the local APIC: without one, the interrupt controllers are wired to the processor.
+    command = [program, "-cpu", "max,-apic", "-accel", "tcg", "-m", "64", "-nodefaults", "-display", "none"]
+    command += ["-serial", "stdio", "-monitor", f"unix:{monitor},server=on,wait=off", "-no-reboot", "-bios", str(rom)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    deadline, output = time.monotonic() + PATIENCE, b""
+    try:
+        while True:
+            ready, _, _ = select.select([process.stdout], [], [], max(0, deadline - time.monotonic()))
+            data = os.read(process.stdout.fileno(), 4096) if ready else b""
+            if not data:
+                assert ready, f"the guest does not end: {output!r}"
+                return output.decode("ascii")
+            output += data
+            if output.endswith(PLEASE_NMI.encode("ascii")):
+                ask_monitor(monitor, "nmi")
+                process.stdin.write(b"\r")
+                process.stdin.flush()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask_monitor(path: Path, command: str) -> None:
+    """Give a command to QEMU's monitor, and wait until it has been carried out: until the next prompt."""
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(PATIENCE)
+        monitor.connect(str(path))
+        monitor.sendall(f"{command}\n".encode("ascii"))
+        answer = b""
+        while answer.count(b"(qemu) ") < 2:
+            answer += monitor.recv(4096)
+
+
+# --- The account a guest gives of itself ------------------------------------------------------------------------------
+
+
+def experiments(output: str) -> dict[str, list[str]]:
+    """The experiments by title, each with what it found other than it expected; and all of them must be there."""
+    found: dict[str, list[str]] = {}
+    *lines, last = [line for line in output.splitlines() if not line.startswith("please: ")]
+    for line in lines:
+        match = re.fullmatch(r"ok (?P<ok>.*)|FAIL (?P<failed>.*): (?P<what>.* is [0-9a-f]+, not [0-9a-f]+)", line)
+        assert match, f"the guest broke off: {line!r} after {list(found)[-1:]}"
+        if match["ok"]:
+            assert match["ok"] not in found, "two experiments of one title"
+            found[match["ok"]] = []
+        else:
+            found.setdefault(match["failed"], []).append(match["what"])
+    assert last == f"experiments: {len(found):08x}", last
+    return found
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_mini_bhyve_does_what_the_manual_says_of(topic, build):
+    found = experiments(on_mini_bhyve(build(topic)))
+    assert {title: differences for title, differences in found.items() if differences} == {}
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_qemu_does_what_the_manual_says_but_for_what_is_known_of(topic, build, tmp_path):
+    binary = build(topic)
+    found = experiments(on_qemu(binary, tmp_path))
+    different = {title: differences for title, differences in found.items() if differences}
+    assert {title: different[title] for title in different.keys() - ON_QEMU.get(topic, {}).keys()} == {}
+    assert ON_QEMU.get(topic, {}).keys() <= found.keys()  # no excuse for what is not there
