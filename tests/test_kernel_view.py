@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ NO_LIMITS = "QEMU's translated code does not look at segment limits, nor whether
 NO_EXT = "QEMU leaves EXT out when delivering an exception fails (SDM vol. 3A, 6.13)"
 NOT_SS = "QEMU does not raise #SS for a stack segment that is not present"
 
-# Where QEMU does not do what the manual says. (Seen with QEMU 7.2.)
+# Where QEMU does not do what the manual says, by title; a * stands for anything. (Seen with QEMU 7.2.)
 ON_QEMU = {
     "gates": {
         "A handler's segment must reach to the handler": NO_LIMITS,
@@ -47,7 +48,7 @@ ON_QEMU = {
         "EXT stands alone when the selector is null": NO_EXT,
         "EXT stands alone when the handler lies beyond its segment": NO_LIMITS,
         "A stack segment in the TSS must be present: #SS with the selector": NOT_SS + " but #TS (6.15, interrupt 12)",
-        "A stack segment in the TSS must have room: #SS with the selector": NO_LIMITS,
+        "A stack segment in the TSS must have room: #SS with it": NO_LIMITS,
         "An exception that finds no stack says EXT": NO_EXT,
         "A call gate to conforming code changes neither level nor stack": "QEMU puts DPL for CPL into CS (5.8.5)",
         "The code behind a gate must be present: #NP with the code": "QEMU raises #GP for a JMP (vol. 2A, JMP)",
@@ -56,6 +57,20 @@ ON_QEMU = {
         "A segment taken away is null: its use is #GP(0)": NO_LIMITS,
         "A return does not go beyond the end of its segment": NO_LIMITS,
         "A stack segment returned to must be present: #SS with the selector": NOT_SS + " but #NP (vol. 2B, RET)",
+    },
+    "tasks": {
+        "A task gate must not lead to the LDT": "QEMU raises #TS (SDM vol. 3A, table 7-1)",
+        "A new task's *": "QEMU saves an EIP from the old task when the new one cannot begin (7.3)",
+        "The T bit stops a task with #DB before its first instruction, and DR6 says BT": "QEMU ignores it (17.3.1.5)",
+    },
+    "v86": {
+        "IRET does not go to an IP beyond FFFFh: #GP(0)": "QEMU drops the upper half of EIP (vol. 2A, IRET)",
+        "A segment ends at FFFFh: #GP(0) for a word there": NO_LIMITS,
+        "An address of 32 bits is beyond it, too": NO_LIMITS,
+        "A stack ends there as well: #SS(0)": NO_LIMITS,
+        "SS has the same limit for data: #SS(0)": NO_LIMITS,
+        "A gate must lead to level 0: #GP with the code segment": "QEMU looks at the stack of level 1 first (vol. 2A)",
+        "At level 3 IRET leaves VM alone": "QEMU enters virtual-8086 mode from level 3 (vol. 2A, IRET)",
     },
 }
 
@@ -84,11 +99,11 @@ def build(tmp_path_factory):
 def assemble(topic: str, directory: Path) -> bytes:
     """A flat file that is loaded at 0x7C00, as the shipped guests are."""
     bits, emulation = ("64", "elf_x86_64") if topic in LONG_MODE else ("32", "elf_i386")
-    here, base = ["-I", str(SOURCES), "-I", str(REPOSITORY / "guests")], ["--defsym", "KERNEL_BASE=0"]
+    options = ["-I", str(SOURCES), "-I", str(REPOSITORY / "guests"), "--defsym", "KERNEL_BASE=0"]
     object_file, linked, flat = (str(directory / f"{topic}{suffix}") for suffix in (".o", ".elf", ".bin"))
-    script = ["-T", str(REPOSITORY / "guests" / "guest.ld"), "--build-id=none", "-z", "noexecstack"]
-    run("as", f"--{bits}", *base, *here, "-o", object_file, str(SOURCES / f"{topic}.s"))
-    run("ld", "-m", emulation, *base, *script, "--no-warn-rwx-segments", "-o", linked, object_file)
+    script = ["-T", str(SOURCES / "guest.ld"), "--build-id=none", "-z", "noexecstack"]
+    run("as", f"--{bits}", *options, "-o", object_file, str(SOURCES / f"{topic}.s"))
+    run("ld", "-m", emulation, *script, "--no-warn-rwx-segments", "-o", linked, object_file)
     run("objcopy", "-O", "binary", linked, flat)
     return Path(flat).read_bytes()
 
@@ -195,5 +210,6 @@ def test_qemu_does_what_the_manual_says_but_for_what_is_known_of(topic, build, t
     binary = build(topic)
     found = experiments(on_qemu(binary, tmp_path))
     different = {title: differences for title, differences in found.items() if differences}
-    assert {title: different[title] for title in different.keys() - ON_QEMU.get(topic, {}).keys()} == {}
-    assert ON_QEMU.get(topic, {}).keys() <= found.keys()  # no excuse for what is not there
+    known = {name: {title for title in found if fnmatchcase(title, name)} for name in ON_QEMU.get(topic, {})}
+    assert {title: different[title] for title in different.keys() - {title for titles in known.values() for title in titles}} == {}
+    assert [name for name, titles in known.items() if not titles] == []  # excuses for what is no longer there

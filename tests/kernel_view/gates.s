@@ -15,9 +15,9 @@ segment SHORT_CODE, 0b10011010, 0b0100, 0, 0xFF # nothing of ours is below 100h
 segment READ_ONLY, 0b10110000                   # level 1
 segment CODE_1_0, 0b10111010                    # level 1: its stack may be bad and an exception still find a good one
 segment DATA_1_0, 0b10110010
-segment ABSENT_DATA_1, 0b00110010
-segment ABSENT_DATA_3, 0b01110010
-segment TINY_DATA_1, 0b10110010, 0b0100, 0, 15
+segment ABSENT_1, 0b00110010
+segment ABSENT_3, 0b01110010
+segment TINY_1, 0b10110010, 0b0100, 0, 15
 segment TSS_WITHOUT_LEVEL_1, PRESENT | TSS_32, 0, tss, 11
 .equ CODE_1, CODE_1_0 + 1
 .equ DATA_1, DATA_1_0 + 1
@@ -58,7 +58,7 @@ call_gate GATE_2, CALL_GATE_32, KERNEL_CODE, behind_gate, dpl=3, count=2
 call_gate GATE_WORDS, CALL_GATE_16, KERNEL_CODE, behind_gate, dpl=3, count=2
 call_gate GATE_KERNEL_ONLY, CALL_GATE_32, KERNEL_CODE, behind_gate
 call_gate GATE_ABSENT, CALL_GATE_32, KERNEL_CODE, behind_gate, dpl=3, present=0
-call_gate GATE_ABSENT_KERNEL_ONLY, CALL_GATE_32, KERNEL_CODE, behind_gate, present=0
+call_gate GATE_NEITHER, CALL_GATE_32, KERNEL_CODE, behind_gate, present=0
 call_gate GATE_TO_NULL, CALL_GATE_32, 0, behind_gate, dpl=3
 call_gate GATE_TO_DATA, CALL_GATE_32, KERNEL_DATA, behind_gate, dpl=3
 call_gate GATE_TO_BEYOND, CALL_GATE_32, BEYOND, behind_gate, dpl=3
@@ -222,7 +222,7 @@ main:
         int     TO_CONFORMING
         caught  UD, eip=in_conforming, ring=3, cs=CONFORMING+3, user_esp=user_stack_top-12
 
-# ---- 16-bit gates -----------------------------------------------------------------------------------------------------
+# ---- 16-bit gates ---------------------------------------------------------------------------------------------------
 
         experiment "A 16-bit gate pushes words: FLAGS, CS, IP"
         attempt
@@ -262,7 +262,7 @@ main:
         sub     eax, [seen_esp]
         check   "pushed", eax, 8
 
-# ---- stacks of the inner levels ----------------------------------------------------------------------------------------
+# ---- stacks of the inner levels -------------------------------------------------------------------------------------
 
         # Level 1 gets its stack from the TSS; whatever is wrong with that one, the exception is handled at level 0.
         .macro stack_of_level_1 selector, pointer=ring1_stack_top
@@ -300,8 +300,8 @@ main:
         bad_stack "A stack segment in the TSS must be data", TS, CODE_1_0, CODE_1
         bad_stack "A stack segment in the TSS must be writable", TS, READ_ONLY, READ_ONLY+1
         bad_stack "A stack segment in the TSS must be in the table", TS, BEYOND, BEYOND+1
-        bad_stack "A stack segment in the TSS must be present: #SS with the selector", STACK_FAULT, ABSENT_DATA_1, ABSENT_DATA_1+1
-        bad_stack "A stack segment in the TSS must have room: #SS with the selector", STACK_FAULT, TINY_DATA_1, TINY_DATA_1+1, 8
+        bad_stack "A stack segment in the TSS must be present: #SS with the selector", STACK_FAULT, ABSENT_1, ABSENT_1+1
+        bad_stack "A stack segment in the TSS must have room: #SS with it", STACK_FAULT, TINY_1, TINY_1+1, 8
 
         experiment "An exception that finds no stack says EXT"
         mov     word ptr [idt + 8 * BR + 2], CODE_1_0
@@ -325,7 +325,7 @@ main:
         mov     eax, KERNEL_TSS
         ltr     ax
 
-# ---- call gates (5.8.3 to 5.8.5) ----------------------------------------------------------------------------------------
+# ---- call gates (5.8.3 to 5.8.5) ------------------------------------------------------------------------------------
 
         experiment "A call gate leads to level 0, whatever offset the caller gives"
         attempt ring=3, flags=FLAG_IF
@@ -396,9 +396,9 @@ main:
         .endm
 
         bad_gate "A call gate's DPL must not be below the caller's level", GP, GATE_KERNEL_ONLY, GATE_KERNEL_ONLY
-        bad_gate "A call gate's DPL must not be below the RPL of the selector that names it", GP, GATE_KERNEL_ONLY, GATE_KERNEL_ONLY+3, 0
+        bad_gate "A call gate's DPL must not be below the RPL that comes with it", GP, GATE_KERNEL_ONLY, GATE_KERNEL_ONLY+3, 0
         bad_gate "A call gate must be present: #NP with the gate", NP, GATE_ABSENT, GATE_ABSENT
-        bad_gate "A call gate's DPL is looked at before it is found not to be present", GP, GATE_ABSENT_KERNEL_ONLY, GATE_ABSENT_KERNEL_ONLY
+        bad_gate "A call gate's DPL is looked at before it is found not to be present", GP, GATE_NEITHER, GATE_NEITHER
         bad_gate "The code behind a gate must not be null", GP, 0, GATE_TO_NULL
         bad_gate "The code behind a gate must be in the table", GP, BEYOND, GATE_TO_BEYOND
         bad_gate "The code behind a gate must be code", GP, KERNEL_DATA, GATE_TO_DATA
@@ -422,7 +422,7 @@ main:
         jump_far GATE_TO_CONFORMING
         caught  UD, eip=in_conforming, ring=3, cs=CONFORMING+3
 
-# ---- far JMP and CALL without a gate (5.8.1) ------------------------------------------------------------------------------
+# ---- far JMP and CALL without a gate (5.8.1) ------------------------------------------------------------------------
 
         experiment "Conforming code may be called from level 3, and runs there"
         attempt ring=3
@@ -453,7 +453,7 @@ main:
 1:      jump_far SHORT_CODE, 0x100
         caught  GP, error=0, eip=1b
 
-# ---- RETF and IRET (5.8.6) -------------------------------------------------------------------------------------------------
+# ---- RETF and IRET (5.8.6) ------------------------------------------------------------------------------------------
 
         # Pushes what a return to level 3 pops.
         .macro push_outward to, flags=none, cs=USER_CODE, ss=USER_DATA
@@ -545,7 +545,7 @@ main:
         bad_return "A return does not go to one beyond the table", GP, BEYOND, cs=BEYOND
         bad_return "A return does not go to data", GP, USER_DATA_0, cs=USER_DATA
         bad_return "A return does not go to code whose DPL is not the RPL asked for", GP, KERNEL_CODE, cs=KERNEL_CODE+3
-        bad_return "A return does not go to conforming code that is less privileged than the RPL", GP, CONFORMING_3, cs=CONFORMING_3
+        bad_return "A return does not go to conforming code of DPL above RPL", GP, CONFORMING_3, cs=CONFORMING_3
         bad_return "A return does not go to code that is not present", NP, ABSENT_CODE, cs=ABSENT_CODE
         bad_return "A return does not go beyond the end of its segment", GP, 0, cs=SHORT_CODE
         bad_return "A stack segment returned to must not be null", GP, 0, ss=0
@@ -553,7 +553,7 @@ main:
         bad_return "A stack segment returned to: its RPL must be the new level", GP, USER_DATA_0, ss=USER_DATA_0
         bad_return "A stack segment returned to: its DPL must be the new level", GP, KERNEL_DATA, ss=KERNEL_DATA+3
         bad_return "A stack segment returned to must be writable", GP, USER_CODE_0, ss=USER_CODE
-        bad_return "A stack segment returned to must be present: #SS with the selector", STACK_FAULT, ABSENT_DATA_3, ss=ABSENT_DATA_3+3
+        bad_return "A stack segment returned to must be present: #SS with the selector", STACK_FAULT, ABSENT_3, ss=ABSENT_3+3
 
         experiment "A return never goes inward"
         attempt ring=3
