@@ -396,7 +396,7 @@ main:
         .endm
 
         bad_gate "A call gate's DPL must not be below the caller's level", GP, GATE_KERNEL_ONLY, GATE_KERNEL_ONLY
-        bad_gate "A call gate's DPL must not be below the RPL that comes with it", GP, GATE_KERNEL_ONLY, GATE_KERNEL_ONLY+3, 0
+        bad_gate "A call gate's DPL must not be below the RPL", GP, GATE_KERNEL_ONLY, GATE_KERNEL_ONLY+3, 0
         bad_gate "A call gate must be present: #NP with the gate", NP, GATE_ABSENT, GATE_ABSENT
         bad_gate "A call gate's DPL is looked at before it is found not to be present", GP, GATE_NEITHER, GATE_NEITHER
         bad_gate "The code behind a gate must not be null", GP, 0, GATE_TO_NULL
@@ -553,7 +553,7 @@ main:
         bad_return "A stack segment returned to: its RPL must be the new level", GP, USER_DATA_0, ss=USER_DATA_0
         bad_return "A stack segment returned to: its DPL must be the new level", GP, KERNEL_DATA, ss=KERNEL_DATA+3
         bad_return "A stack segment returned to must be writable", GP, USER_CODE_0, ss=USER_CODE
-        bad_return "A stack segment returned to must be present: #SS with the selector", STACK_FAULT, ABSENT_3, ss=ABSENT_3+3
+        bad_return "A stack segment returned to must be present: #SS with it", STACK_FAULT, ABSENT_3, ss=ABSENT_3+3
 
         experiment "A return never goes inward"
         attempt ring=3

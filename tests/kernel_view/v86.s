@@ -99,7 +99,7 @@ other_stack_top:
 .section .text
 main:
 
-# ---- in and out -------------------------------------------------------------------------------------------------------
+# ---- in and out -----------------------------------------------------------------------------------------------------
 
         experiment "IRET with VM in the flags makes an 8086; an exception saves all its segments"
         attempt_v86 flags=FLAG_IF+FLAG_DF, ds=0x7777
@@ -147,7 +147,7 @@ main:
         popfd
 1:      caught  NOTHING, eip=1b, clear=FLAG_VM
 
-# ---- segments as on the 8086 ------------------------------------------------------------------------------------------
+# ---- segments as on the 8086 ----------------------------------------------------------------------------------------
 
         experiment "A segment is its selector times 16"
         mov     ecx, offset words
@@ -217,7 +217,7 @@ main:
         check   "CR2", [seen_cr2], 0x10234
         call    paging_off
 
-# ---- IOPL (21.2.8.1) --------------------------------------------------------------------------------------------------
+# ---- IOPL (21.2.8.1) ------------------------------------------------------------------------------------------------
 
         experiment "With IOPL 3 CLI and STI work"
         attempt_v86 flags=FLAG_IF
@@ -330,7 +330,7 @@ main:
 1:      caught_v86 BREAKPOINT, ip=1b
         mov     byte ptr [idt + 8 * BREAKPOINT + 5], PRESENT + INTERRUPT_GATE_32
 
-# ---- what an 8086 may not ---------------------------------------------------------------------------------------------
+# ---- what an 8086 may not -------------------------------------------------------------------------------------------
 
         .macro privileged instruction:vararg
         attempt_v86
@@ -376,7 +376,7 @@ main:
 1:      bound   cx, dword ptr [words]
         caught_v86 BR, ip=1b
 
-# ---- I/O (19.5.2) -----------------------------------------------------------------------------------------------------
+# ---- I/O (19.5.2) ---------------------------------------------------------------------------------------------------
 
         experiment "Ports are up to the map in the TSS alone; without one IN is #GP(0) though IOPL be 3"
         attempt_v86
@@ -401,7 +401,7 @@ main:
         mov     eax, KERNEL_TSS
         ltr     ax
 
-# ---- tasks (21.2.5) ---------------------------------------------------------------------------------------------------
+# ---- tasks (21.2.5) -------------------------------------------------------------------------------------------------
 
         .macro prepare_8086_task begins_at
         mov     dword ptr [other + 4], offset other_stack_top
@@ -433,7 +433,7 @@ main:
         .long   0
         .word   OTHER
         .set    v86_esp, user_stack_top - 0x100
-        caught  UD, eip=in_8086_task, ring=3, cs=V86_CS, set=FLAG_VM, from=other_stack_top-16, user_esp=v86_esp, ss=V86_SS
+        caught  UD, eip=in_8086_task, ring=3, cs=V86_CS, set=FLAG_VM, from=other_stack_top-16, user_esp=v86_esp, ss=0x10
         check   "saved ES", [seen_frame+20], V86_ES
         check   "saved DS", [seen_frame+24], 0x7777
         check   "saved FS", [seen_frame+28], V86_FS
