@@ -8,7 +8,8 @@ and so it must here. There are two ways to a block:
     by place in RAM          what a flush leaves; asked after a walk of the page tables
 
 How does the cache notice a store into code at no cost to other stores? A page from which code was decoded is not in the
-TLB for writing, so such a store takes the slow path (`Cpu.store_physical`), and that calls `drop`.
+TLB's quick part for writing, so such a store takes the slow path (`Cpu.store_physical`), and that calls `drop`. As data
+may lie beside code, it looks first whether any of the bytes are code at all.
 """
 
 from __future__ import annotations
@@ -26,6 +27,24 @@ if TYPE_CHECKING:
 
 # Where the bytes lie (one offset in RAM for each page), how many there are, the instruction pointer, and the mode.
 Key = tuple[tuple[Optional[int], ...], int, int, Mode]
+
+
+class CodeFrame:
+    """A page of RAM that holds decoded code: the blocks made from it, and a 1 for each byte that belongs to one."""
+
+    __slots__ = ("blocks", "is_code")
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[Key, Block]] = []
+        self.is_code = bytearray(PAGE_SIZE)
+
+    def add(self, frame: int, key: Key, block: Block) -> None:
+        """One more block of which at least a part lies here, in page `frame` of RAM."""
+        self.blocks.append((key, block))
+        for start, end in block.ranges:
+            if start >> 12 == frame:
+                first = start & PAGE_SIZE - 1
+                self.is_code[first : first + end - start] = b"\1" * (end - start)
 
 
 class CodeCache:
@@ -95,25 +114,29 @@ class CodeCache:
     def watch(self, frame: int, key: Key, block: Block) -> None:
         """From now on notice stores into this page of RAM, as `block` was made from it."""
         if frame not in self.cpu.mmu.code_frames:
-            self.cpu.mmu.code_frames[frame] = []
+            self.cpu.mmu.code_frames[frame] = CodeFrame()
             self.cpu.mmu.watch_frame(frame)
-        self.cpu.mmu.code_frames[frame].append((key, block))
+        self.cpu.mmu.code_frames[frame].add(frame, key, block)
 
     def drop(self, offset: int, length: int) -> None:
         """RAM is about to be written, within one page: drop the blocks that were made from these bytes."""
-        frame, running = offset >> 12, self.cpu.running
-        blocks = self.cpu.mmu.code_frames[frame]
-        kept = [(key, block) for key, block in blocks if block.steps and not block.overlaps(offset, offset + length)]
-        if len(kept) == len(blocks):
+        frame, first, running = offset >> 12, offset & PAGE_SIZE - 1, self.cpu.running
+        code = self.cpu.mmu.code_frames[frame]
+        if 1 not in code.is_code[first : first + length]:
             return
-        for key, block in blocks:
-            if block.steps and block.overlaps(offset, offset + length):
-                if running is not None and block is running:
-                    self.dropped_after = running.next_ips.index(self.cpu.next_ip) + 1
-                block.steps.clear()
-                del self.by_place[key]
-        if kept:
-            self.cpu.mmu.code_frames[frame] = kept
+        rest = CodeFrame()
+        for key, block in code.blocks:
+            if not block.steps:
+                continue  # dropped already, by a store into its other page
+            if not block.overlaps(offset, offset + length):
+                rest.add(frame, key, block)
+                continue
+            if running is not None and block is running:
+                self.dropped_after = running.next_ips.index(self.cpu.next_ip) + 1
+            block.steps.clear()
+            del self.by_place[key]
+        if rest.blocks:
+            self.cpu.mmu.code_frames[frame] = rest
         else:
             del self.cpu.mmu.code_frames[frame]
         self.cpu.forget_code()

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Callable
 
 from mini_bhyve import flags as fl
-from mini_bhyve import interrupts, msr, paging
+from mini_bhyve import interrupts, msr
 from mini_bhyve import segmentation as seg
 from mini_bhyve.clock import Clock
 from mini_bhyve.code_cache import CodeCache
@@ -28,7 +28,18 @@ from mini_bhyve.faults import AC, GP, SS, GuestFault, VmExit, general_protection
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import PAGE_SIZE, GuestMemory
 from mini_bhyve.operands import MASKS, RAX, RDX, RSP, Operand, Register, general_register
-from mini_bhyve.paging import READ, USER_ACCESS, WRITE, Mmu
+from mini_bhyve.paging import (
+    CR0_LOADS_PDPTES,
+    CR4_LOADS_PDPTES,
+    PAGING_PAE,
+    PHYSICAL_BITS,
+    READ,
+    SMAP_OVERRIDE,
+    USER_ACCESS,
+    WRITE,
+    Mmu,
+    paging_mode,
+)  # fmt: skip
 from mini_bhyve.registers import (
     CR0_AM,
     CR0_CD,
@@ -37,13 +48,11 @@ from mini_bhyve.registers import (
     CR0_NW,
     CR0_PE,
     CR0_PG,
-    CR0_WP,
     CR4_DE,
     CR4_PAE,
-    CR4_PSE,
+    CR4_SMAP,
     EFER_LMA,
     EFER_LME,
-    EFER_NXE,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -56,11 +65,11 @@ class Cpu:
     """One x86-64 processor, as after power-on: real mode, at the reset vector."""
 
     __slots__ = (
-        "acknowledge_interrupt", "attention", "bytes8", "clock", "code", "code_cache", "code_size", "cpl", "cr0",
-        "cr2", "cr3", "cr4", "cr8", "debug", "efer", "flags", "flat_stack", "gdtr_base", "gdtr_limit", "halted",
-        "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask", "long_mode",
-        "memory", "mmu", "mode", "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "regs",
-        "retired", "running", "segments", "stack_mask", "system_flags", "tr", "traps_from", "tsc_offset",
+        "_system_flags", "acknowledge_interrupt", "attention", "bytes8", "clock", "code", "code_cache", "code_size",
+        "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer", "flags", "flat_stack", "gdtr_base", "gdtr_limit",
+        "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask",
+        "long_mode", "memory", "mmu", "mode", "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb",
+        "regs", "retired", "running", "segments", "stack_mask", "tr", "traps_from", "tsc_offset", "user_access",
         "words16", "words32", "words64", "write_tlb",
     )  # fmt: skip
 
@@ -71,7 +80,7 @@ class Cpu:
         self.ports = ports
         self.bytes8, self.words16 = memory.bytes8, memory.words16
         self.words32, self.words64 = memory.words32, memory.words64
-        self.mmu = Mmu(memory)
+        self.mmu = Mmu(memory, self.store_physical)
         self.clock = Clock(lambda: self.instructions)
         self.debug = Debug()
         self.code_cache = CodeCache(self)
@@ -83,6 +92,7 @@ class Cpu:
         self.running: Block | None = None
         # RAX ... RDI are as wide as the mode says; R8 ... R15 keep their 64 bits. The last is always zero.
         self.regs = [Register(32) for _ in range(8)] + [Register(64) for _ in range(9)]
+        self._system_flags = 0
         self.reset()
 
     # --- Registers and modes ----------------------------------------------------------------------------------------
@@ -94,7 +104,7 @@ class Cpu:
         self.regs[RDX].value = SIGNATURE
         self.ip = self.next_ip = 0xFFF0
         self.flags: fl.FlagSource = (fl.EXPLICIT, 0, 0, 0, 32)
-        self.system_flags = 0  # EFLAGS but for the arithmetic ones and the bit that is always 1
+        self.system_flags = 0
         self.segments: list[seg.Segment] = [seg.real_mode_segment(0) for _ in range(6)]
         # The one time that CS is not its selector times 16: the first instruction is fetched from FFFF FFF0.
         self.segments[seg.CS] = seg.Segment(0xF000, 0xFFFF0000, 0xFFFF, seg.REAL_MODE_ACCESS)
@@ -129,6 +139,18 @@ class Cpu:
         self.system_flags = self.system_flags & ~writable | value & writable
         self.flags = (fl.EXPLICIT, value & fl.ARITHMETIC, 0, 0, 32)
         self.attention = True  # IF or TF may have changed what is due next
+
+    @property
+    def system_flags(self) -> int:
+        """EFLAGS but for the arithmetic ones and the bit that is always 1."""
+        return self._system_flags
+
+    @system_flags.setter
+    def system_flags(self, value: int) -> None:
+        changed = self._system_flags ^ value
+        self._system_flags = value
+        if changed & fl.AC:
+            self.update_user_access()
 
     @property
     def iopl(self) -> int:
@@ -175,28 +197,23 @@ class Cpu:
                 register.set_width(register_width)
         self.linear_mask = MASKS[64] if self.code_size == 64 else MASKS[32]
         self.flat_stack = (ss.flat or self.code_size == 64) and self.stack_mask > 0xFFFF
-        user = self.cpl == 3
-        self.read_tlb, self.write_tlb = self.mmu.read_tlb[user], self.mmu.write_tlb[user]
-        self.mode = Mode(self.code_size, self.stack_mask, flat, user, code_base)
+        self.mode = Mode(self.code_size, self.stack_mask, flat, self.cpl == 3, code_base)
+        self.update_user_access()
         self.code = self.code_cache.lookup(self.mode)
 
     def update_paging(self) -> None:
         """Tell the paging unit what the control registers say."""
-        if not self.cr0 & CR0_PG:
-            mode = None
-        elif self.efer & EFER_LMA:
-            mode = paging.PAGING_4LEVEL
-        elif self.cr4 & CR4_PAE:
-            mode = paging.PAGING_PAE
+        self.mmu.configure(self.cr0, self.cr3, self.cr4, self.efer)
+        self.forget_code()
+        self.update_user_access()
+
+    def update_user_access(self) -> None:
+        """Whose the accesses of the program are, for paging, after CPL, CR4.SMAP or EFLAGS.AC has changed."""
+        if self.cpl == 3:
+            self.user_access = USER_ACCESS
         else:
-            mode = paging.PAGING_32BIT_PSE if self.cr4 & CR4_PSE else paging.PAGING_32BIT
-        # Entries of 4 bytes have no room for the bit.
-        execute_disable = self.efer & EFER_NXE != 0 and mode is not None and mode.entry_bytes == 8
-        root = self.cr3 & (0xFFFFFFE0 if mode is paging.PAGING_PAE else ~0xFFF)
-        self.mmu.configure(
-            mode, root, self.cr0 & CR0_WP != 0, execute_disable, self.efer & EFER_LMA != 0
-        )  # fmt: skip
-        self.flush_tlb()
+            self.user_access = SMAP_OVERRIDE if self.cr4 & CR4_SMAP and self.system_flags & fl.AC else 0
+        self.read_tlb, self.write_tlb = self.mmu.read_tlb[self.user_access], self.mmu.write_tlb[self.user_access]
 
     def flush_tlb(self) -> None:
         """Forget all translations, and which code lies at which address."""
@@ -204,9 +221,9 @@ class Cpu:
         self.forget_code()
 
     def forget_page(self, linear: int) -> None:
-        """INVLPG."""
-        self.mmu.forget_page(linear)
-        self.forget_code()
+        """INVLPG, and what a page fault does."""
+        if self.mmu.forget_page(linear):
+            self.forget_code()
 
     def forget_code(self) -> None:
         """Which code lies at which address has to be found out again."""
@@ -233,14 +250,12 @@ class Cpu:
         elif number == 2:
             self.cr2 = value
         elif number == 3:
-            # The bits below 12 that mean nothing are ignored, those beyond the physical addresses are not.
-            if value >> paging.PHYSICAL_BITS:
-                raise general_protection()
-            self.cr3 = value
-            self.update_paging()
+            self.write_cr3(value)
         elif number == 4:
             if value & ~CR4_SUPPORTED or (self.long_mode and not value & CR4_PAE):
                 raise general_protection()
+            if (value ^ self.cr4) & CR4_LOADS_PDPTES and paging_mode(self.cr0, value, self.efer) is PAGING_PAE:
+                self.mmu.load_pdptes(self.cr3)
             self.cr4 = value
             self.update_paging()
             self.debug.set_extensions(value & CR4_DE != 0)
@@ -258,20 +273,33 @@ class Cpu:
         value = value & CR0_DEFINED | CR0_ET
         if (value & CR0_PG and not value & CR0_PE) or (value & CR0_NW and not value & CR0_CD):
             raise general_protection()
+        efer = self.efer
         paging_begins = value & CR0_PG and not self.cr0 & CR0_PG
         paging_ends = self.cr0 & CR0_PG and not value & CR0_PG
         if paging_begins and self.efer & EFER_LME:
             tss16 = self.tr.access & seg.TYPE in (seg.TSS16_AVAILABLE, seg.TSS16_BUSY)
             if not self.cr4 & CR4_PAE or self.segments[seg.CS].access & seg.LONG or tss16:
                 raise general_protection()
-            self.efer |= EFER_LMA
+            efer |= EFER_LMA
         elif paging_ends:
             if self.code_size == 64:
                 raise general_protection()
-            self.efer &= ~EFER_LMA
-        self.cr0 = value
+            efer &= ~EFER_LMA
+        if (value ^ self.cr0) & CR0_LOADS_PDPTES and paging_mode(value, self.cr4, efer) is PAGING_PAE:
+            self.mmu.load_pdptes(self.cr3)
+        self.cr0, self.efer = value, efer
         self.update_paging()
         self.update_mode()
+
+    def write_cr3(self, value: int) -> None:
+        """CR3, by MOV or by a task switch: other page tables. #GP for a bit that no physical address has."""
+        if value >> PHYSICAL_BITS:
+            raise general_protection()
+        if self.mmu.mode is PAGING_PAE:
+            self.mmu.load_pdptes(value)
+        self.cr3 = value
+        self.mmu.set_root(value)
+        self.forget_code()
 
     def write_efer(self, value: int) -> None:
         """WRMSR to EFER: LMA follows from LME and paging, and LME cannot change while paging is on."""
@@ -389,6 +417,7 @@ class Cpu:
         self.cr0, self.cr2 = state.u32("cr0", self.cr0), state.u64("cr2", self.cr2)
         self.cr3, self.cr4 = state.u64("cr3", self.cr3), state.u32("cr4", self.cr4)
         self.efer = state.u64("efer", self.efer)
+        self.mmu.pdptes = [state.u64(f"pdpte{number}", pdpte) for number, pdpte in enumerate(self.mmu.pdptes)]
         self.cr8 = state.u8("cr8", self.cr8)
         self.msrs = {number: state.u64(kept.name, self.msrs[number]) for number, kept in msr.KEPT.items()}
         self.tsc_offset = state.u64("tsc_offset", self.tsc_offset)
@@ -460,23 +489,19 @@ class Cpu:
     def load_system(self, address: int, width: int) -> int:
         """As `load`, with the rights of the supervisor: descriptor tables and the TSS are read so at any level."""
         size = width >> 3
+        address &= self.mmu.linear_mask
         if (address & PAGE_SIZE - 1) + size > PAGE_SIZE:
             return int.from_bytes(self.load_across(address, size, 0), "little")
         return int.from_bytes(self.memory.read(self.mmu.translate(address, READ), size), "little")
 
     def store_system(self, address: int, value: int, width: int) -> None:
         """As `store`, with the rights of the supervisor."""
-        self.store_as(address, value, width, 0)
-
-    @property
-    def user_access(self) -> int:
-        """The U/S bit of an access made now."""
-        return USER_ACCESS if self.cpl == 3 else 0
+        self.store_as(address & self.mmu.linear_mask, value, width, 0)
 
     def load_across(self, address: int, size: int, user: int) -> bytes:
         """Bytes that lie on two pages."""
         first = PAGE_SIZE - (address & PAGE_SIZE - 1)
-        second_address = (address + first) & self.linear_mask
+        second_address = (address + first) & self.mmu.linear_mask
         low = self.memory.read(self.mmu.translate(address, READ | user), first)
         return low + self.memory.read(self.mmu.translate(second_address, READ | user), size - first)
 
@@ -486,7 +511,7 @@ class Cpu:
         first = PAGE_SIZE - (address & PAGE_SIZE - 1)
         physical = self.mmu.translate(address, WRITE | user)
         if len(data) > first:
-            second = self.mmu.translate((address + first) & self.linear_mask, WRITE | user)
+            second = self.mmu.translate((address + first) & self.mmu.linear_mask, WRITE | user)
             self.store_physical(second, data[first:])
         self.store_physical(physical, data[:first])
         if self.debug.breakpoints:

@@ -21,6 +21,8 @@ from mini_bhyve.registers import (
     CR4_PCE,
     CR4_PGE,
     CR4_PSE,
+    CR4_SMAP,
+    CR4_SMEP,
     CR4_TSD,
     CR4_UMIP,
     EFER_LMA,
@@ -66,11 +68,14 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
         6: Feature("PAE", "physical addresses of more than 32 bits", cr4=CR4_PAE),
         8: Feature("CX8", "CMPXCHG8B"),
         11: Feature("SEP", "SYSENTER and SYSEXIT"),
-        13: Feature("PGE", "global pages; all pages are flushed alike", cr4=CR4_PGE),
+        13: Feature("PGE", "global pages, which stay in the TLB when CR3 changes", cr4=CR4_PGE),
         15: Feature("CMOV", "conditional moves"),
+        17: Feature("PSE-36", "4-MByte pages beyond 4 GiB"),
     },
     (0x7, 0, EBX): {
         0: Feature("FSGSBASE", "RDFSBASE, WRGSBASE ...", cr4=CR4_FSGSBASE),
+        7: Feature("SMEP", "the supervisor does not execute user pages", cr4=CR4_SMEP),
+        20: Feature("SMAP", "nor does it touch them, unless EFLAGS.AC is set: STAC, CLAC", cr4=CR4_SMAP),
     },
     (0x7, 0, ECX): {
         2: Feature("UMIP", "SGDT, SIDT, SLDT, SMSW and STR can be kept from programs", cr4=CR4_UMIP),
@@ -82,6 +87,7 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
     (0x80000001, 0, EDX): {
         11: Feature("SYSCALL", "SYSCALL and SYSRET, which exist in 64-bit mode only", efer=EFER_SCE, code_size=64),
         20: Feature("NX", "execute disable", efer=EFER_NXE),
+        26: Feature("PAGE1GB", "1-GByte pages"),
         27: Feature("RDTSCP", "RDTSCP, and the register that it reads"),
         29: Feature("LM", "64-bit mode", efer=EFER_LME | EFER_LMA),
     },

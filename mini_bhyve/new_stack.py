@@ -42,7 +42,9 @@ class NewStack:
                 new = self.segment is not self.cpu.segments[seg.SS_]
                 raise GuestFault(SS, self.segment.selector & ~3 if new else 0)
             address = (self.segment.base + offset) & 0xFFFFFFFF
-        self.cpu.store_as(address, value, width, USER_ACCESS if self.cpl == 3 else 0)
+        # The first pushes of an inner level are the processor's own: EFLAGS.AC is still the outer level's.
+        access = self.cpu.user_access if self.cpl == self.cpu.cpl else USER_ACCESS if self.cpl == 3 else 0
+        self.cpu.store_as(address, value, width, access)
         self.pointer = self.pointer & ~self.mask | offset
 
     def commit(self) -> None:

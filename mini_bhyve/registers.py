@@ -24,6 +24,8 @@ CR4_PGE = 1 << 7  # global pages
 CR4_PCE = 1 << 8  # RDPMC at every level
 CR4_UMIP = 1 << 11  # SGDT, SIDT, SLDT, SMSW and STR for level 0 only
 CR4_FSGSBASE = 1 << 16  # RDFSBASE, WRGSBASE ...
+CR4_SMEP = 1 << 20  # the supervisor does not execute user pages
+CR4_SMAP = 1 << 21  # nor touch them, unless EFLAGS.AC is set
 
 # EFER
 EFER_SCE = 1 << 0  # SYSCALL and SYSRET

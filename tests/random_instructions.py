@@ -50,6 +50,8 @@ FIXED_MODRM = {
     x86.X86_INS_RDSSPQ: Stem(b"\xf3", b"\x48\x0f\x1e\xca", None),
     x86.X86_INS_SWAPGS: Stem(b"", b"\x0f\x01\xf8", None),
     x86.X86_INS_RDTSCP: Stem(b"", b"\x0f\x01\xf9", None),
+    x86.X86_INS_CLAC: Stem(b"", b"\x0f\x01\xca", None),
+    x86.X86_INS_STAC: Stem(b"", b"\x0f\x01\xcb", None),
 }
 
 

@@ -30,6 +30,7 @@ from mini_bhyve.faults import DB, DF, GP, NP, PF, SS, TS, UD, GuestFault
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import MASKS
+from mini_bhyve.paging import PAGING_PAE
 from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME
 
 SIZE = 0x40000
@@ -226,6 +227,8 @@ class Ours:
         cpu.write_eflags(case.flags)
         cpu.update_paging()
         cpu.update_mode()
+        if cpu.mmu.mode is PAGING_PAE:
+            cpu.mmu.load_pdptes(cpu.cr3)
         for register, value in zip(cpu.regs, case.registers):
             register.value = value & MASKS[64 if self.world.bits == 64 else 32]
         self.memory.load(CODE, case.code + HLT)
@@ -289,14 +292,15 @@ class Ports:
 class Theirs:
     """Unicorn in one of the worlds."""
 
-    def __init__(self, world: World):
+    # (This model has 64 bits, and none of the later extensions, like ours.)
+    def __init__(self, world: World, model: int = uc.UC_CPU_X86_CORE2DUO):
         self.world = world
         self.port_device = Ports()
         self.ram = mmap.mmap(-1, SIZE)
         self.address = ctypes.addressof((ctypes.c_char * SIZE).from_buffer(self.ram))
         mode = {16: unicorn.UC_MODE_16, 32: unicorn.UC_MODE_32, 64: unicorn.UC_MODE_64}
         self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, mode[16 if world.real else max(world.bits, 32)])
-        self.uc.ctl_set_cpu_model(uc.UC_CPU_X86_CORE2DUO)  # 64 bits, and none of the later extensions, like ours
+        self.uc.ctl_set_cpu_model(model)
         self.uc.mem_map_ptr(0, SIZE, unicorn.UC_PROT_ALL, self.address)
         self.ram[:] = usual_memory()
         self.vectors: list[int] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mini_bhyve import flags as fl
 from mini_bhyve import interrupts
-from mini_bhyve.faults import general_protection
+from mini_bhyve.faults import general_protection, undefined_opcode
 from mini_bhyve.instructions.definition import instruction
 from mini_bhyve.operands import RAX
 
@@ -55,6 +55,19 @@ def sti(cpu):
     if not cpu.system_flags & fl.IF:
         cpu.shadow_interrupts()
     cpu.system_flags |= fl.IF
+
+
+def _define_access_flag(name, change):
+    @instruction(name, data_decides=True)
+    def access_flag(cpu):
+        """STAC, CLAC: whether the supervisor may touch user pages under SMAP. #UD above level 0."""
+        if cpu.cpl:
+            raise undefined_opcode()
+        cpu.system_flags = change(cpu.system_flags)
+
+
+_define_access_flag("stac", lambda flags: flags | fl.AC)
+_define_access_flag("clac", lambda flags: flags & ~fl.AC)
 
 
 # AH takes the low byte of EFLAGS: SF ZF - AF - PF - CF.
