@@ -217,10 +217,12 @@ def set_busy(cpu: Cpu, descriptor: seg.Descriptor, busy: bool) -> None:
 
 
 def load_registers(cpu: Cpu, task: NewTask, layout: Layout) -> None:
-    """What cannot fault: CR3, flags and general registers. Segments have their selectors, but may not yet be used."""
+    """What cannot fault: CR3 (but for PAE's PDPTEs: #GP before anything else is loaded), flags and general registers.
+
+    Segments have their selectors, but may not yet be used.
+    """
     if task.cr3 is not None and cpu.cr0 & CR0_PG:
-        cpu.cr3 = task.cr3
-        cpu.update_paging()
+        cpu.write_cr3(task.cr3)
     cpu.write_eflags(task.flags)
     # The upper halves are undefined after a 16-bit task switch; processors set them.
     upper = 0xFFFF0000 if layout.width == 16 else 0

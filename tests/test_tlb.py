@@ -38,6 +38,7 @@ from mini_bhyve.registers import (
     EFER_NXE,
 )  # fmt: skip
 from mini_bhyve.snapshot_state import restore_state, save_state
+from mini_bhyve.task_switch import LAYOUT_32, NewTask, load_registers
 
 DIRECTORY, TABLE, STACK = 0x10000, 0x11000, 0x9000
 PAGE, OLD, NEW = 0x400000, 0x20000, 0x30000  # a linear page, and two frames that it is mapped to
@@ -325,6 +326,12 @@ def test_a_pdpte_that_was_changed_in_memory_counts_only_after_a_load():
     cpu.forget_page(0)
     assert cpu.load(0, 8) == 0
     cpu.write_control_register(3, PDPT)
+    assert cpu.load(0, 8) == 1
+
+
+def test_a_task_switch_loads_the_pdptes_with_cr3():
+    cpu = pae_cpu()
+    load_registers(cpu, NewTask(PDPT, 0, 2, [0] * 8, [0] * 6, 0, False), LAYOUT_32)
     assert cpu.load(0, 8) == 1
 
 
