@@ -17,6 +17,8 @@ from mini_bhyve.paging import PHYSICAL_BITS
 from mini_bhyve.registers import (
     CR4_DE,
     CR4_FSGSBASE,
+    CR4_OSFXSR,
+    CR4_OSXMMEXCPT,
     CR4_PAE,
     CR4_PCE,
     CR4_PGE,
@@ -40,6 +42,7 @@ HYPERVISOR = b"bhyve bhyve "
 SIGNATURE = 0x663
 
 LINEAR_BITS = 48
+CACHE_LINE = 64  # bytes: what CLFLUSH works on
 MAX_BASIC, MAX_EXTENDED = 0xD, 0x80000008
 
 EAX, EBX, ECX, EDX = range(4)
@@ -58,6 +61,8 @@ class Feature(NamedTuple):
 FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
     (0x1, 0, ECX): {
         13: Feature("CMPXCHG16B", "compare and exchange 16 bytes"),
+        22: Feature("MOVBE", "moves that reverse the bytes"),
+        23: Feature("POPCNT", "count the ones"),
         31: Feature("HYPERVISOR", "a hypervisor is present"),
     },
     (0x1, 0, EDX): {
@@ -71,11 +76,19 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
         13: Feature("PGE", "global pages, which stay in the TLB when CR3 changes", cr4=CR4_PGE),
         15: Feature("CMOV", "conditional moves"),
         17: Feature("PSE-36", "4-MByte pages beyond 4 GiB"),
+        19: Feature("CLFSH", "CLFLUSH"),
+        24: Feature("FXSR", "FXSAVE and FXRSTOR, of registers that nothing computes with",
+                    cr4=CR4_OSFXSR | CR4_OSXMMEXCPT),
     },
     (0x7, 0, EBX): {
         0: Feature("FSGSBASE", "RDFSBASE, WRGSBASE ...", cr4=CR4_FSGSBASE),
+        3: Feature("BMI1", "ANDN, BEXTR, BLSI, BLSMSK, BLSR, TZCNT"),
         7: Feature("SMEP", "the supervisor does not execute user pages", cr4=CR4_SMEP),
+        8: Feature("BMI2", "BZHI, MULX, PDEP, PEXT, RORX, SARX, SHLX, SHRX"),
+        19: Feature("ADX", "ADCX and ADOX"),
         20: Feature("SMAP", "nor does it touch them, unless EFLAGS.AC is set: STAC, CLAC", cr4=CR4_SMAP),
+        23: Feature("CLFLUSHOPT", "CLFLUSH without an order"),
+        24: Feature("CLWB", "write a cache line back and keep it"),
     },
     (0x7, 0, ECX): {
         2: Feature("UMIP", "SGDT, SIDT, SLDT, SMSW and STR can be kept from programs", cr4=CR4_UMIP),
@@ -83,6 +96,7 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
     },
     (0x80000001, 0, ECX): {
         0: Feature("LAHF64", "LAHF and SAHF in 64-bit mode"),
+        5: Feature("LZCNT", "count the zeros above the highest 1"),
     },
     (0x80000001, 0, EDX): {
         11: Feature("SYSCALL", "SYSCALL and SYSRET, which exist in 64-bit mode only", efer=EFER_SCE, code_size=64),
@@ -108,6 +122,7 @@ NUMBERS: dict[tuple[int, int, int], int] = {
     (0x0, 0, EAX): MAX_BASIC,
     **_text(0x0, (EBX, EDX, ECX), VENDOR),
     (0x1, 0, EAX): SIGNATURE,
+    (0x1, 0, EBX): CACHE_LINE // 8 << 8,
     (0x2, 0, EAX): 1,  # asking once tells all there is to tell of caches, which is nothing
     (0x40000000, 0, EAX): 0x40000000,
     **_text(0x40000000, (EBX, ECX, EDX), HYPERVISOR),

@@ -11,6 +11,8 @@
     flag_control.py    5.1.11  STC, CLD, STI, PUSHF, LAHF ...
     segment.py         5.1.12  LDS, LES ...
     miscellaneous.py   5.1.9, 5.1.13  LEA, NOP, XLAT, CPUID, IN, OUT
+    bit_manipulation.py  5.1.16  ANDN, BEXTR, PDEP, TZCNT ...
+    cacheability.py    5.6.4   CLFLUSH, LFENCE, MOVNTI ...
     system.py          5.21    LGDT, MOV CR, INVLPG, HLT, RDMSR ...
     fast_call.py       5.21    SYSCALL, SYSRET, SYSENTER, SYSEXIT
 
@@ -20,6 +22,8 @@ Importing this package fills `DEFINITIONS`.
 from mini_bhyve.instructions import (  # noqa: F401
     arithmetic,
     bit_byte,
+    bit_manipulation,
+    cacheability,
     control,
     data_transfer,
     decimal,

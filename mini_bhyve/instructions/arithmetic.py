@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from mini_bhyve.faults import DE, GuestFault
-from mini_bhyve.flags import ADC, ADD, DEC, INC, SBB, SHIFT, SUB, carry
+from mini_bhyve.flags import (
+    ADC,
+    ADD,
+    CF,
+    DEC,
+    EXPLICIT,
+    INC,
+    OF,
+    SBB,
+    SHIFT,
+    SUB,
+    arithmetic_flags,
+    carry,
+    overflow,
+)  # fmt: skip
 from mini_bhyve.instructions.definition import instruction, signed
 from mini_bhyve.operands import RAX, RDX
 
@@ -22,6 +36,19 @@ def adc(cpu, dst, src):
     result = (a + b + carry(cpu.flags)) & dst.mask
     dst.value = result
     cpu.flags = (ADC, a, b, result, dst.width)
+
+
+def _define_add_with_flag(name, flag, read_flag):
+    @instruction(name)
+    def add_with_flag(cpu, dst, src):
+        """ADCX, ADOX: as ADC, each with a carry flag of its own, CF or OF: two long additions side by side."""
+        total = dst.value + src.value + read_flag(cpu.flags)
+        dst.value = total & dst.mask
+        cpu.flags = (EXPLICIT, arithmetic_flags(cpu.flags) & ~flag | (total >> dst.width) * flag, 0, 0, 32)
+
+
+_define_add_with_flag("adcx", CF, carry)
+_define_add_with_flag("adox", OF, overflow)
 
 
 @instruction("sub", lockable=True)

@@ -1,4 +1,4 @@
-"""Bit and byte instructions (Intel SDM vol. 1, 5.1.6): BT and its kin, bit scans, SETcc."""
+"""Bit and byte instructions (Intel SDM vol. 1, 5.1.6): BT and its kin, bit scans, SETcc, POPCNT."""
 
 from __future__ import annotations
 
@@ -62,11 +62,10 @@ _define_bit_change("btc", lambda value, bit: value ^ bit)
 # --- Bit scan -------------------------------------------------------------------------------------------------------
 
 
-# Behind F3 these are TZCNT and LZCNT, on processors that say so. To the others, and to this one, the prefix means
-# nothing, and so compilers use it freely where the source cannot be zero (SDM vol. 2B, TZCNT).
+# Behind F3 these are TZCNT and LZCNT, in bit_manipulation.py.
 
 
-@instruction("bsf", "tzcnt", data_decides=True)
+@instruction("bsf", data_decides=True)
 def bsf(cpu, dst, src):
     """BSF: the number of the lowest 1. For a source of zero ZF is set and the destination keeps its value."""
     value = src.value
@@ -75,7 +74,7 @@ def bsf(cpu, dst, src):
     _set_zero(cpu, value, src.width)
 
 
-@instruction("bsr", "lzcnt", data_decides=True)
+@instruction("bsr", data_decides=True)
 def bsr(cpu, dst, src):
     """BSR: the number of the highest 1."""
     value = src.value
@@ -88,3 +87,11 @@ def _set_zero(cpu, value, width):
     """ZF tells of the source, the other flags are undefined."""
     flags = arithmetic_flags((LOGIC, 0, 0, value, width)) & ~ZF | (ZF if value == 0 else 0)
     cpu.flags = (EXPLICIT, flags, 0, 0, 32)
+
+
+@instruction("popcnt", data_decides=True)
+def popcnt(cpu, dst, src):
+    """POPCNT: how many ones there are. ZF tells that there are none, the other flags are 0."""
+    value = src.value
+    dst.value = bin(value).count("1")
+    cpu.flags = (EXPLICIT, ZF if value == 0 else 0, 0, 0, 32)

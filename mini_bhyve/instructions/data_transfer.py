@@ -50,17 +50,23 @@ def xchg(cpu, dst, src):
         src.value = a
 
 
+def _reverse_bytes(value, width):
+    result = 0
+    for byte in range(0, width, 8):
+        result = result | (value >> byte & 0xFF) << (width - 8 - byte)
+    return result
+
+
 @instruction("bswap")
 def bswap(cpu, dst):
     """BSWAP reverses the bytes. With a 16-bit register, undefined by the manual, processors give zero."""
-    value = dst.value
-    if dst.width == 16:
-        dst.value = 0
-        return
-    result = 0
-    for byte in range(dst.width // 8):
-        result = result | (value >> byte * 8 & 0xFF) << (dst.width - 8 - byte * 8)
-    dst.value = result
+    dst.value = 0 if dst.width == 16 else _reverse_bytes(dst.value, dst.width)
+
+
+@instruction("movbe", not_behind=b"\xf3")
+def movbe(cpu, dst, src):
+    """MOVBE: as MOV, between a register and memory in which the most significant byte comes first."""
+    dst.value = _reverse_bytes(src.value, src.width)
 
 
 @instruction("xadd", lockable=True)

@@ -47,14 +47,25 @@ class Definition(NamedTuple):
     ends_block: bool  # nothing may be assumed of the next instruction: a jump, or a change of mode or of interrupts
     data_decides: bool  # looks at guest values with Python's `if`
     lockable: bool  # may have a LOCK prefix, if its destination is memory
+    vex: bool  # encoded with a VEX prefix (SDM vol. 2A, 2.3)
+    not_behind: bytes  # prefixes behind which it is another instruction, or none
 
+
+# Prefixes that may not stand before an opcode which the manual marks "NP" (SDM vol. 2A, 3.1.1.1).
+NP = b"\x66\xf2\xf3"
 
 # capstone's instruction number -> Definition
 DEFINITIONS: dict[int, Definition] = {}
 
 
 def instruction(
-    *names: str, encoded: bool = False, ends_block: bool = False, data_decides: bool = False, lockable: bool = False
+    *names: str,
+    encoded: bool = False,
+    ends_block: bool = False,
+    data_decides: bool = False,
+    lockable: bool = False,
+    vex: bool = False,
+    not_behind: bytes = b"",
 ) -> Callable[[Callable], Callable]:
     """Enter the function into the table under each of capstone's `names` for it."""
 
@@ -62,7 +73,7 @@ def instruction(
         for name in names:
             number = getattr(x86_const, f"X86_INS_{name.upper()}")
             assert number not in DEFINITIONS, f"{name} is defined twice"
-            DEFINITIONS[number] = Definition(function, encoded, ends_block, data_decides, lockable)
+            DEFINITIONS[number] = Definition(function, encoded, ends_block, data_decides, lockable, vex, not_behind)
         return function
 
     return enter

@@ -85,6 +85,12 @@ def sahf(cpu):
     _change(cpu, LOW_FLAGS, cpu.regs[RAX].value >> 8 & LOW_FLAGS)
 
 
+@instruction("salc")
+def salc(cpu):
+    """SALC, opcode D6: CF into every bit of AL. The manual has no name for it, and only says that it is no #UD."""
+    cpu.regs[RAX].value = cpu.regs[RAX].value & ~0xFF | fl.carry(cpu.flags) * 0xFF
+
+
 def _check_virtual_8086(cpu):
     """In virtual-8086 mode the flags are the monitor's business, unless it has set IOPL to 3 (SDM vol. 3B, 20.2.7)."""
     if cpu.virtual_8086_mode and cpu.iopl < 3:

@@ -18,12 +18,13 @@ def lea(cpu, dst, src):
 @instruction(
     "nop", "pause", "prefetchnta", "prefetcht0", "prefetcht1", "prefetcht2", "prefetch", "prefetchw", "prefetchwt1",
     "endbr32", "endbr64", "rdsspd", "rdsspq", "cldemote",
+    "bndcl", "bndcn", "bndcu", "bndldx", "bndmk", "bndmov", "bndstx",
 )  # fmt: skip
 def nop(cpu, *operands):
     """NOP; hints that change nothing that can be seen; and what is a NOP as long as CPUID does not offer it.
 
     The last are in the part of the opcode map that was set aside for hints (0F 18 to 0F 1F), so that a program may use
-    them without asking: they do something only on processors with CET and so on.
+    them without asking: they do something only on processors with CET, MPX and so on.
     """
 
 
