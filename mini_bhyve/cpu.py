@@ -25,6 +25,7 @@ from mini_bhyve.cpuid import CR4_SUPPORTED, EFER_SUPPORTED, SIGNATURE
 from mini_bhyve.debug import SINGLE_STEP, Debug
 from mini_bhyve.decode import Block, Mode, Step
 from mini_bhyve.faults import AC, GP, SS, GuestFault, VmExit, general_protection
+from mini_bhyve.fpu import Fpu
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import PAGE_SIZE, GuestMemory
 from mini_bhyve.operands import MASKS, RAX, RDX, RSP, Operand, Register, general_register
@@ -66,10 +67,11 @@ class Cpu:
 
     __slots__ = (
         "_system_flags", "acknowledge_interrupt", "attention", "bytes8", "clock", "code", "code_cache", "code_size",
-        "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer", "flags", "flat_stack", "gdtr_base", "gdtr_limit",
-        "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask",
-        "long_mode", "memory", "mmu", "mode", "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb",
-        "regs", "retired", "running", "segments", "stack_mask", "tr", "traps_from", "tsc_offset", "user_access",
+        "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer", "flags", "flat_stack", "fpu", "gdtr_base",
+        "gdtr_limit", "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "ldtr",
+        "linear_mask", "long_mode", "memory", "mmu", "mode", "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports",
+        "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "tell_absent", "tr", "traps_from",
+        "tsc_offset", "user_access",
         "words16", "words32", "words64", "write_tlb",
     )  # fmt: skip
 
@@ -87,6 +89,10 @@ class Cpu:
         # How an interrupt controller is asked for its vector; the machine connects one.
         self.acknowledge_interrupt: Callable[[], int] = lambda: 0
         self.interrupt_line = False  # the INTR pin
+        # What is told of an instruction that the processor does not have: its mnemonic, and a sentence; the machine
+        # connects one.
+        self.tell_absent: Callable[[str, str], None] = lambda mnemonic, sentence: None
+        self.fpu = Fpu()
         self.attention = False  # set, from any thread, to make run() return soon
         self.retired = 0  # instructions executed up to the beginning of the running block
         self.running: Block | None = None
@@ -119,6 +125,7 @@ class Cpu:
         self.msrs = dict.fromkeys(msr.KEPT, 0)
         self.set_time_stamp(0)
         self.debug.reset()
+        self.fpu.reset()
         self.halted = False
         self.nmi_pending = self.nmi_blocked = False
         self.interrupts_from = 0  # interrupts wait until so many instructions have been executed: the shadow of STI
@@ -423,6 +430,7 @@ class Cpu:
         self.tsc_offset = state.u64("tsc_offset", self.tsc_offset)
         self.debug.extensions = self.cr4 & CR4_DE != 0
         self.debug.snapshot(state)
+        self.fpu.snapshot(state)
         self.halted = state.flag("halted", self.halted)
         self.interrupt_line = state.flag("interrupt_line", self.interrupt_line)
         self.nmi_pending = state.flag("nmi_pending", self.nmi_pending)
@@ -552,6 +560,15 @@ class Cpu:
         address = self.linear(index, offset, size, True)
         self.mmu.translate(address, WRITE | self.user_access)
         self.mmu.translate((address + size - 1) & self.linear_mask, WRITE | self.user_access)
+
+    def check_touch(self, index: int, offset: int) -> None:
+        """Raise what the load of a byte would raise, but for a code segment that must not be read: CLFLUSH."""
+        segment = self.segments[index]
+        if self.code_size == 64 or segment.readable or segment.access & seg.UNUSABLE or offset > segment.last:
+            address = self.linear(index, offset, 1, False)
+        else:
+            address = (segment.base + offset) & 0xFFFFFFFF
+        self.mmu.translate(address, READ | self.user_access)
 
     # --- The stack --------------------------------------------------------------------------------------------------
 

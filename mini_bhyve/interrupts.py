@@ -215,6 +215,7 @@ def _enter_handler(cpu: Cpu, selector: int, offset: int, width: int, error_code:
     if cpu.virtual_8086_mode:
         for index in data_segments:
             cpu.segments[index] = seg.null_segment(0)
+        cpu.system_flags &= ~fl.VM  # now, for the next line works out what follows from the mode
     cpu.set_code_segment(code, cpl)
     stack.commit()
     cpu.next_ip = offset

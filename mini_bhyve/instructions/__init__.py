@@ -12,6 +12,8 @@
     segment.py         5.1.12  LDS, LES ...
     miscellaneous.py   5.1.9, 5.1.13  LEA, NOP, XLAT, CPUID, IN, OUT
     bit_manipulation.py  5.1.16  ANDN, BEXTR, PDEP, TZCNT ...
+    x87_control.py     5.2.6   FNINIT, FLDCW, FNSAVE ...
+    state.py           5.2.7   FXSAVE, FXRSTOR; LDMXCSR (5.5.3)
     cacheability.py    5.6.4   CLFLUSH, LFENCE, MOVNTI ...
     system.py          5.21    LGDT, MOV CR, INVLPG, HLT, RDMSR ...
     fast_call.py       5.21    SYSCALL, SYSRET, SYSENTER, SYSEXIT
@@ -33,8 +35,10 @@ from mini_bhyve.instructions import (  # noqa: F401
     miscellaneous,
     segment,
     shift_rotate,
+    state,
     string,
     system,
+    x87_control,
 )
 from mini_bhyve.instructions.definition import DEFINITIONS
 

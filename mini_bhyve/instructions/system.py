@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from mini_bhyve import msr
 from mini_bhyve import segmentation as seg
-from mini_bhyve.faults import NM, GuestFault, general_protection, undefined_opcode
+from mini_bhyve.faults import general_protection, undefined_opcode
 from mini_bhyve.flags import EXPLICIT, ZF, arithmetic_flags
 from mini_bhyve.instructions.definition import instruction
 from mini_bhyve.operands import RAX, RCX, RDX, Memory
 from mini_bhyve.paging import is_canonical
 from mini_bhyve.registers import (
-    CR0_MP,
     CR0_TS,
     CR4_FSGSBASE,
     CR4_TSD,
@@ -231,13 +230,6 @@ def invlpg(cpu, where):
 def wbinvd(cpu):
     """INVD, WBINVD: there are no caches to empty. (WBNOINVD is WBINVD with a prefix that means nothing yet.)"""
     _privileged(cpu)
-
-
-@instruction("wait", data_decides=True)
-def wait(cpu):
-    """WAIT: for the x87. It is always done, but #NM tells that another task owns it."""
-    if cpu.cr0 & CR0_MP and cpu.cr0 & CR0_TS:
-        raise GuestFault(NM)
 
 
 @instruction("hlt", ends_block=True, data_decides=True)
