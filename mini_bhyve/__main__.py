@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -235,6 +236,7 @@ def run_vm(config: Config, snapshot_path: str | None) -> int:
         else:
             machine.load()
         console.on_leave = lambda reason: machine.stop(ExitCode.POWEROFF, reason)
+        machine.warn = lambda sentence: warn(console, f"{machine.name}: {sentence}")
         with signals_end(machine, console):
             # After the restore, as in bhyve: from here on the VM can be asked for a checkpoint.
             server = init_ipc(machine.name, run_dir_for(config.get("rundir")), machine.commands())
@@ -243,10 +245,20 @@ def run_vm(config: Config, snapshot_path: str | None) -> int:
                 exit_code = machine.run()
             finally:
                 server.close()
-    # On a terminal the guest may have stopped in the middle of a line.
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, os.fsencode("\n" * console.is_terminal + f"{machine.name}: {machine.reason}\n"))
+    remark(console, f"{machine.name}: {machine.reason}")
     return exit_code
+
+
+def remark(console: Console, sentence: str) -> None:
+    """Say something to the user. On a terminal the guest may have stopped in the middle of a line."""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, os.fsencode("\n" * console.is_terminal + f"{sentence}\n"))
+
+
+def warn(console: Console, sentence: str) -> None:
+    """As `remark`, while the guest runs: it shall not wait for somebody who does not read."""
+    if select.select([], [2], [], 0)[1]:
+        remark(console, sentence)
 
 
 def take_from_snapshot(config: Config, snapshot: Snapshot) -> None:

@@ -71,8 +71,7 @@ class Cpu:
         "gdtr_limit", "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "ldtr",
         "linear_mask", "long_mode", "memory", "mmu", "mode", "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports",
         "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "tell_absent", "tr", "traps_from",
-        "tsc_offset", "user_access",
-        "words16", "words32", "words64", "write_tlb",
+        "tsc_offset", "user_access", "words16", "words32", "words64", "write_tlb",
     )  # fmt: skip
 
     name = "vmcx"  # bhyve's name for a vCPU's registers in a snapshot
@@ -204,7 +203,7 @@ class Cpu:
                 register.set_width(register_width)
         self.linear_mask = MASKS[64] if self.code_size == 64 else MASKS[32]
         self.flat_stack = (ss.flat or self.code_size == 64) and self.stack_mask > 0xFFFF
-        self.mode = Mode(self.code_size, self.stack_mask, flat, self.cpl == 3, code_base)
+        self.mode = Mode(self.code_size, self.stack_mask, flat, self.cpl == 3, code_base, not self.protected_mode)
         self.update_user_access()
         self.code = self.code_cache.lookup(self.mode)
 

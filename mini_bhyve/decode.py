@@ -15,9 +15,10 @@ import capstone
 from capstone import x86_const as x86
 
 from mini_bhyve import operands as op
-from mini_bhyve.faults import GuestFault, Unsupported, undefined_opcode
+from mini_bhyve.absent import absent, check_for
+from mini_bhyve.faults import GuestFault, undefined_opcode
 from mini_bhyve.instructions import DEFINITIONS
-from mini_bhyve.instructions.definition import Encoding
+from mini_bhyve.instructions.definition import NP, Definition, Encoding
 from mini_bhyve.segmentation import CS, DS, ES, FS, GS, SS_
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Mode(NamedTuple):
     flat: bool  # ES, SS and DS are flat: they need no checks
     user: bool  # CPL is 3
     code_base: int  # base of CS
+    real: bool  # real or virtual-8086 mode
 
 
 class Block:
@@ -102,25 +104,30 @@ _NEAR_BRANCHES = _RELATIVE | _numbers("ret")
 # Their memory operand is of the operand size, or a byte. capstone thinks otherwise behind an idle F2 or F3.
 _OPERAND_SIZED = _numbers(
     "cmovo cmovno cmovb cmovae cmove cmovne cmovbe cmova cmovs cmovns cmovp cmovnp cmovl cmovge cmovle cmovg "
-    "bt bts btr btc bsf bsr lzcnt tzcnt shld shrd imul cmpxchg xadd"
+    "bt bts btr btc bsf bsr lzcnt tzcnt popcnt shld shrd imul cmpxchg xadd"
 )
 
 
 class Prefixes(NamedTuple):
-    """The prefixes of an instruction, but for REX (SDM vol. 2A, 2.1.1); of two of a kind the last one counts."""
+    """The prefixes of an instruction (SDM vol. 2A, 2.1.1 and 2.2.1); of two of a kind the last one counts."""
 
     lock: bool
     repeat: str  # "", "rep" (also REPE) or "repne"
     segment: int | None  # the override, if there is one
     operand_size: bool
     address_size: bool
+    rex: int  # the byte, if it is where it counts: just before the opcode; else 0
+    length: int  # of all of them together
 
 
 def read_prefixes(code: bytes, mode: Mode) -> Prefixes:
     """The prefixes at the beginning of an instruction. (capstone forgets some where it sees no use for them.)"""
     lock = operand_size = address_size = False
-    repeat, segment = "", None
+    repeat, segment, rex, length = "", None, 0, 0
     for byte in code:
+        if byte >> 4 == _REX and mode.code_size == 64:
+            rex, length = byte, length + 1
+            continue
         if byte in _SEGMENT_PREFIXES:
             segment = _SEGMENT_PREFIXES[byte]
         elif byte == _REP or byte == _REPNE:
@@ -131,9 +138,37 @@ def read_prefixes(code: bytes, mode: Mode) -> Prefixes:
             address_size = True
         elif byte == _LOCK:
             lock = True
-        elif mode.code_size != 64 or byte >> 4 != _REX:
+        else:
             break
-    return Prefixes(lock, repeat, segment, operand_size, address_size)
+        rex, length = 0, length + 1
+    return Prefixes(lock, repeat, segment, operand_size, address_size, rex, length)
+
+
+# capstone does not know all that processors take for an instruction, though it knows the same in another spelling.
+_HINTS = bytes([0x0D, *range(0x18, 0x20)])  # 0F 0D, 0F 18 to 1F: NOP, with any prefix and ModRM (vol. 2D, table A-3)
+_NOP_WITH_MODRM = 0x1F
+_FENCES = range(0xE8, 0x100)  # ModRM of 0F AE; bits 2-0 are ignored (vol. 2A, LFENCE)
+_MOVSXD, _MOV = 0x63, 0x8B  # the same in 64-bit mode, if nothing is to be extended, that is, without REX.W
+# Behind these an F2 or F3 is idle: MOVSXD and NOP; behind 0F, Jcc and BSF.
+_IDLE_REPEAT, _IDLE_REPEAT_0F = bytes([_MOVSXD, 0x90]), bytes([*range(0x80, 0x90), 0xBC, 0xBD])
+
+
+def respell(window: bytes, prefixes: Prefixes, mode: Mode) -> bytes | None:
+    """Other bytes for the same instruction, if it is one that capstone may not know; None if not.
+
+    They may be fewer, by an idle prefix.
+    """
+    legacy, (first, second, modrm) = window[: prefixes.length], window[prefixes.length :].ljust(3, b"\0")[:3]
+    behind = window[prefixes.length + 3 :]
+    plain = bytes(byte for byte in legacy if byte not in (_REP, _REPNE))
+    if first == 0x0F and second in _HINTS:
+        return plain + bytes([first, _NOP_WITH_MODRM, modrm & ~0x38]) + behind
+    if first == 0x0F and second == 0xAE and modrm in _FENCES:
+        return legacy + bytes([first, second, modrm & ~7]) + behind
+    if first == _MOVSXD and mode.code_size == 64 and not prefixes.rex & _REX_W:
+        return plain + bytes([_MOV]) + window[prefixes.length + 1 :]
+    idle = first in _IDLE_REPEAT if first != 0x0F else second in _IDLE_REPEAT_0F
+    return plain + window[prefixes.length :] if idle else None
 
 
 class Decoder:
@@ -160,11 +195,12 @@ class Decoder:
         ends_block = False
         while offset < len(code) and len(steps) < longest and not ends_block:
             window = code[offset : offset + MAX_INSTRUCTION]
-            insn = self.disassemble(window, ip + offset, mode)
+            prefixes = read_prefixes(window, mode)
+            insn = self.disassemble(window, ip + offset, prefixes, mode)
             ips.append(_wrap(ip + offset, mode))
             if insn is not None:
-                step, ends_block = self.step(insn, mode)
-                offset += insn.size
+                step, ends_block = self.step(insn, prefixes, mode)
+                offset = insn.address + insn.size - ip
             elif len(window) < MAX_INSTRUCTION:
                 ips.pop()  # it may go on in the next page: let it be the first of a block of its own
                 break
@@ -174,31 +210,39 @@ class Decoder:
             steps.append(step)
         return (steps, tuple(ips), offset) if steps else None
 
-    def disassemble(self, window: bytes, ip: int, mode: Mode) -> capstone.CsInsn | None:
+    def disassemble(self, window: bytes, ip: int, prefixes: Prefixes, mode: Mode) -> capstone.CsInsn | None:
         """The first instruction in `window` as capstone sees it; None if there is none."""
         machine = self.disassemblers[mode.code_size]
         insn = next(machine.disasm(window, ip, 1), None)
-        if insn is not None and mode.code_size == 64 and insn.rex & _REX_W and insn.prefix[2]:
+        if prefixes.rex & _REX_W and prefixes.operand_size and insn is not None and insn.prefix[2]:
             # REX.W makes a 66 idle (SDM vol. 2A, 2.2.1.2), and not every operand that capstone finds agrees. So let it
             # look again, with an idle segment override instead.
             idle = insn.prefix[1] or _IDLE
-            length = window.index(insn.rex)
-            again = window[:length].replace(bytes([_OPERAND_SIZE]), bytes([idle])) + window[length:]
-            insn = next(machine.disasm(again, ip, 1), insn)
+            before = window[: prefixes.length].replace(bytes([_OPERAND_SIZE]), bytes([idle]))
+            again = next(machine.disasm(before + window[prefixes.length :], ip, 1), None)
+            # But for an opcode that the 66 is a part of.
+            if again is not None and again.id in DEFINITIONS and _OPERAND_SIZE not in DEFINITIONS[again.id].not_behind:
+                insn = again
+        if insn is None or insn.id not in DEFINITIONS or not all(map(_known, insn.operands)):
+            known = respell(window, prefixes, mode)
+            if known is not None:
+                # A prefix less at the beginning, and the instruction still ends where it ended.
+                insn = next(machine.disasm(known, ip + len(window) - len(known), 1), insn)
         return insn
 
-    def step(self, insn: capstone.CsInsn, mode: Mode) -> tuple[Step, bool]:
+    def step(self, insn: capstone.CsInsn, prefixes: Prefixes, mode: Mode) -> tuple[Step, bool]:
         """One instruction: what to call, with what, and whether the block ends with it."""
         number = insn.id
         # capstone tells a far jump or call through memory from a near one only in some operand sizes.
         if insn.opcode[0] == 0xFF:
             number = _FAR_THROUGH_MEMORY.get(insn.modrm >> 3 & 7, number)
-        prefixes = read_prefixes(insn.bytes, mode)
         encoding = encode(insn, number, prefixes, mode)
         definition = DEFINITIONS.get(number)
         if definition is None or not all(map(_known, insn.operands)):
-            return (_unsupported, (self.cpu, insn.bytes, describe(insn)), encoding.next_ip), True
-        if prefixes.lock and not (definition.lockable and _writes_memory(insn)):
+            text = f"{describe(insn)}  ({insn.bytes.hex(' ')})"
+            check = check_for(insn, prefixes.operand_size)
+            return (absent, (self.cpu, check, insn.insn_name(), text), encoding.next_ip), True
+        if not _allowed(definition, insn, prefixes, mode):
             return (_undefined, (), encoding.next_ip), True
         try:
             operands = self.operands(insn, number, encoding, mode)
@@ -311,17 +355,21 @@ def _known(operand: Any) -> bool:
     return any(operand.reg in kind for kind in kinds)
 
 
+def _allowed(definition: Definition, insn: capstone.CsInsn, prefixes: Prefixes, mode: Mode) -> bool:
+    """Whether the instruction may have these prefixes (SDM vol. 2A, LOCK, 2.3.2 to 2.3.4 and 3.1.1.1, "NP")."""
+    if prefixes.lock and not (definition.lockable and _writes_memory(insn)):
+        return False
+    if definition.vex and mode.real:
+        return False
+    forbidden = NP if definition.vex else definition.not_behind
+    return not any(byte in forbidden for byte in insn.bytes[: prefixes.length])
+
+
 def _writes_memory(insn: capstone.CsInsn) -> bool:
     """Whether the destination, which is the first operand, is in memory."""
     return insn.operands[0].type == x86.X86_OP_MEM
 
 
-# --- Steps for what cannot be run: they act only if the guest gets there --------------------------------------------
-
-
 def _undefined() -> NoReturn:
+    """The step for what cannot be run: it acts only if the guest gets there."""
     raise undefined_opcode()
-
-
-def _unsupported(cpu: Cpu, code: bytes, text: str) -> NoReturn:
-    raise Unsupported(f"instruction not supported at {cpu.where()}: {code.hex(' ')}  {text}")

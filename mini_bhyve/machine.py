@@ -90,6 +90,10 @@ class Machine:
         self.port92 = Port92(self.cpu.set_a20, self.guest_reset)
         self.reset_control = ResetControl(self.guest_reset)
         self.cpu.acknowledge_interrupt = self.pic.acknowledge
+        self.cpu.tell_absent = self.tell_absent
+        self.told_absent: set[str] = set()
+        # How the user is told what may explain why the guest fares badly; main() connects one.
+        self.warn: Callable[[str], None] = lambda sentence: None
         for device in self.port_devices():
             self.ports.claim(device)
 
@@ -119,6 +123,12 @@ class Machine:
     def guest_reset(self) -> None:
         """The guest has asked for a reset: for bhyve, the end of this process (exit code 0)."""
         self.stop(ExitCode.REBOOT, "rebooted by the guest")
+
+    def tell_absent(self, mnemonic: str, sentence: str) -> None:
+        """The guest has used an instruction that the processor does not have; the user is told once of each."""
+        if mnemonic not in self.told_absent:
+            self.told_absent.add(mnemonic)
+            self.warn(sentence)
 
     def port_devices(self) -> list[Device]:
         """All that answer at I/O ports."""

@@ -20,6 +20,7 @@ from mini_bhyve import flags as fl
 from mini_bhyve.instructions import DEFINITIONS
 
 CAPSTONE_MODES = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
+VEX = 0xC4
 SEGMENT_PREFIXES = b"\x26\x2e\x36\x3e\x64\x65"
 ES, CS, SS, DS, FS, GS = range(6)
 REGISTERS = {
@@ -32,6 +33,7 @@ SEGMENTS = {
     x86.X86_REG_ES: ES, x86.X86_REG_CS: CS, x86.X86_REG_SS: SS,
     x86.X86_REG_DS: DS, x86.X86_REG_FS: FS, x86.X86_REG_GS: GS,
 }  # fmt: skip
+VEX_PREFIXES = b"\x67" + SEGMENT_PREFIXES  # all that may stand before VEX
 ROOM = 512  # bytes to both sides of an operand that may be touched as well
 
 
@@ -48,6 +50,12 @@ FIXED_MODRM = {
     x86.X86_INS_ENDBR64: Stem(b"\xf3", b"\x0f\x1e\xfa", None),
     x86.X86_INS_ENDBR32: Stem(b"\xf3", b"\x0f\x1e\xfb", None),
     x86.X86_INS_RDSSPQ: Stem(b"\xf3", b"\x48\x0f\x1e\xca", None),
+    x86.X86_INS_BNDCN: Stem(b"\xf2", b"\x0f\x1b", 0x80),
+    x86.X86_INS_BNDCU: Stem(b"\xf2", b"\x0f\x1a", 0x80),
+    x86.X86_INS_FNCLEX: Stem(b"", b"\xdb\xe2", None),
+    x86.X86_INS_FNINIT: Stem(b"", b"\xdb\xe3", None),
+    x86.X86_INS_FDISI8087_NOP: Stem(b"", b"\xdb\xe1", None),
+    x86.X86_INS_FSETPM: Stem(b"", b"\xdb\xe4", None),
     x86.X86_INS_SWAPGS: Stem(b"", b"\x0f\x01\xf8", None),
     x86.X86_INS_RDTSCP: Stem(b"", b"\x0f\x01\xf9", None),
     x86.X86_INS_CLAC: Stem(b"", b"\x0f\x01\xca", None),
@@ -67,10 +75,23 @@ def decode(code: bytes, bits: int) -> capstone.CsInsn | None:
 
 
 def opcodes(bits: int) -> list[bytes]:
-    """What may stand at the place of an opcode, in the one- and the two-byte map."""
+    """What may stand at the place of an opcode, in the one-, the two- and the three-byte maps."""
     prefixes = SEGMENT_PREFIXES + b"\x66\x67\xf0\xf2\xf3\x0f" + (bytes(range(0x40, 0x50)) if bits == 64 else b"")
     numbers = [bytes([number]) for number in range(256)]
-    return [number for number in numbers if number not in prefixes] + [b"\x0f" + number for number in numbers]
+    escapes = (b"\x0f", b"\x0f\x38", b"\x0f\x3a")
+    return [number for number in numbers if number not in prefixes] + [
+        escape + number for escape in escapes for number in numbers if escape + number not in escapes
+    ]
+
+
+def vex_opcodes() -> list[bytes]:
+    """A VEX prefix of three bytes with an opcode of the three-byte maps. (vvvv is 1111, no register; W and L are 0.)"""
+    return [
+        bytes([VEX, 0xE0 | opcode_map, 0x78 | prefix, number])
+        for opcode_map in (2, 3)
+        for prefix in range(4)
+        for number in range(256)
+    ]
 
 
 @functools.cache
@@ -79,6 +100,13 @@ def forms(bits: int) -> dict[int, list[Stem]]:
     machine = capstone.Cs(capstone.CS_ARCH_X86, CAPSTONE_MODES[bits])  # without detail, for speed
     found: dict[int, list[Stem]] = {}
     prefixes = (b"", b"\x66", b"\x67", b"\xf3") + ((b"\x48",) if bits == 64 else ())
+    for opcode in vex_opcodes():
+        for modrm in [mode | register << 3 for mode in (0x80, 0xC0) for register in range(8)]:
+            for registers in (0, 0x08):  # with vvvv 1111 and 1110
+                vex = opcode[:2] + bytes([opcode[2] ^ registers]) + opcode[3:]
+                insn = next(machine.disasm(vex + bytes([modrm]) + bytes(6), 0, 1), None)
+                if insn is not None and insn.id in DEFINITIONS:
+                    found.setdefault(insn.id, []).append(Stem(b"", vex, modrm))
     for opcode in opcodes(bits):
         plain: set[int] = set()
         for prefix in prefixes:
@@ -177,12 +205,22 @@ class Generator:
         rex = stem.prefix if stem.prefix == b"\x48" else b""
         if self.wide and choose() < 0.4:
             rex = bytes([0x40 | self.random.getrandbits(4) | (rex[0] if rex else 0)])
-        modrm = b""
+        modrm, opcode = b"", stem.opcode
+        if opcode[0] == VEX and len(opcode) > 1:
+            rex, opcode = b"", self.vary_vex(opcode)
+            legacy = legacy if choose() < 0.1 else b"".join(bytes([byte]) for byte in legacy if byte in VEX_PREFIXES)
         if stem.modrm is not None:
             mode = 0xC0 if stem.modrm >= 0xC0 else self.random.choice((0, 0x40, 0x80))
             modrm = bytes([mode | stem.modrm & 0x38 | self.random.getrandbits(3)])
         required = stem.prefix if stem.prefix != b"\x48" else b""
-        return legacy + required + rex + stem.opcode + modrm + self.random.randbytes(12)
+        return legacy + required + rex + opcode + modrm + self.random.randbytes(12)
+
+    def vary_vex(self, opcode: bytes) -> bytes:
+        """Other registers (in 64-bit mode, all sixteen), and W. With R or X set to 0, C4 is LES in the other modes."""
+        high = self.random.getrandbits(3) << 5 if self.wide else 0xC0 | self.random.getrandbits(1) << 5
+        registers = self.random.getrandbits(4) << 3 if opcode[2] & 0x78 != 0x78 else 0x78
+        low = self.random.getrandbits(1) << 7 | registers | opcode[2] & 7
+        return bytes([opcode[0], high | opcode[1] & 0x1F, low]) + opcode[3:]
 
     # --- Memory operands ----------------------------------------------------------------------------------------------
 
@@ -393,6 +431,12 @@ class Generator:
         place = self.place(insn, registers)
         return [(place, pointer)] if place is not None else []
 
+    def mxcsr(self, insn: capstone.CsInsn, code: bytearray, registers: list[int]) -> list[tuple[int, bytes]]:
+        """More often than chance would have it, no bit that there is not."""
+        distance = 0 if insn.insn_name() == "ldmxcsr" else 24
+        value = self.random.getrandbits(16 if self.random.random() < 0.7 else 18)
+        return [(self.place(insn, registers) + distance, value.to_bytes(4, "little"))]
+
     def far_return(self, insn: capstone.CsInsn, code: bytearray, registers: list[int]) -> list[tuple[int, bytes]]:
         """RETF and IRET: a frame that makes sense, or nearly."""
         size = self.operand_width(insn) // 8
@@ -440,6 +484,7 @@ PREPARATIONS: dict[str, Preparation] = {
     **dict.fromkeys(("lldt", "ltr", "lar", "lsl", "verr", "verw"), Generator.selector),
     **dict.fromkeys(("lgdt", "lidt"), Generator.table_register),
     "mov": Generator.move,
+    **dict.fromkeys(("ldmxcsr", "fxrstor", "fxrstor64"), Generator.mxcsr),
     "pop": Generator.pop_segment,
     **dict.fromkeys(("lds", "les", "lfs", "lgs", "lss", "ljmp", "lcall", "jmp", "call"), Generator.far_pointer),
     **dict.fromkeys(("retf", "retfq", "iret", "iretd", "iretq"), Generator.far_return),

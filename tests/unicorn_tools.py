@@ -27,11 +27,12 @@ from mini_bhyve import interrupts, msr
 from mini_bhyve import segmentation as seg
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.faults import DB, DF, GP, NP, PF, SS, TS, UD, GuestFault
+from mini_bhyve.fpu import CONTROL_AFTER_RESET, MXCSR_AFTER_RESET
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import MASKS
 from mini_bhyve.paging import PAGING_PAE
-from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME
+from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR4_OSFXSR, CR4_PAE, EFER_LMA, EFER_LME
 
 SIZE = 0x40000
 GDT, PAGE_TABLES, CODE, DATA = 0x800, 0x1000, 0x8000, 0xA000
@@ -108,8 +109,8 @@ class World(NamedTuple):
     def controls(self) -> tuple[int, int, int, int]:
         """CR0, CR2, CR3 and CR4."""
         if self.bits == 64:
-            return CR0_PE | CR0_ET | CR0_PG, 0, PAGE_TABLES, CR4_PAE
-        return CR0_ET | (0 if self.real else CR0_PE), 0, 0, 0
+            return CR0_PE | CR0_ET | CR0_PG, 0, PAGE_TABLES, CR4_PAE | CR4_OSFXSR
+        return CR0_ET | (0 if self.real else CR0_PE), 0, 0, CR4_OSFXSR
 
 
 WORLDS = {
@@ -222,6 +223,7 @@ class Ours:
         cpu.msrs = dict.fromkeys(msr.KEPT, 0)
         cpu.debug.reset()
         cpu.update_debug()
+        cpu.fpu.reset()
         cpu.ldtr, cpu.tr = seg.null_segment(0), seg.null_segment(0)
         cpu.segments, cpu.cpl = list(self.segments), self.world.cpl
         cpu.write_eflags(case.flags)
@@ -292,8 +294,8 @@ class Ports:
 class Theirs:
     """Unicorn in one of the worlds."""
 
-    # (This model has 64 bits, and none of the later extensions, like ours.)
-    def __init__(self, world: World, model: int = uc.UC_CPU_X86_CORE2DUO):
+    # (This model has all integer instructions that ours has, and more.)
+    def __init__(self, world: World, model: int = uc.UC_CPU_X86_SKYLAKE_SERVER):
         self.world = world
         self.port_device = Ports()
         self.ram = mmap.mmap(-1, SIZE)
@@ -324,6 +326,8 @@ class Theirs:
             if register != uc.UC_X86_REG_CR0:
                 self.uc.reg_write(register, value)
         self.uc.reg_write(uc.UC_X86_REG_CR0, cr0)
+        self.uc.reg_write(uc.UC_X86_REG_FPCW, CONTROL_AFTER_RESET)
+        self.uc.reg_write(uc.UC_X86_REG_MXCSR, MXCSR_AFTER_RESET)
         self.registers = REGISTERS_64 if world.bits == 64 else REGISTERS_32
         self.beginning = self.uc.context_save()
 
