@@ -24,7 +24,7 @@ from mini_bhyve.code_cache import CodeCache
 from mini_bhyve.cpuid import CR4_SUPPORTED, EFER_SUPPORTED, SIGNATURE
 from mini_bhyve.debug import SINGLE_STEP, Debug
 from mini_bhyve.decode import Block, Mode, Step
-from mini_bhyve.faults import AC, GP, SS, GuestFault, VmExit, general_protection
+from mini_bhyve.faults import AC, GP, SS, GuestFault, VmExit, general_protection, in_stack_segment
 from mini_bhyve.fpu import Fpu
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import PAGE_SIZE, GuestMemory
@@ -39,6 +39,7 @@ from mini_bhyve.paging import (
     USER_ACCESS,
     WRITE,
     Mmu,
+    is_canonical,
     paging_mode,
 )  # fmt: skip
 from mini_bhyve.registers import (
@@ -348,6 +349,7 @@ class Cpu:
             segment = seg.stack_segment(self, selector, self.cpl)
         else:
             segment = seg.data_segment(self, selector)
+        seg.mark_accessed(self, segment)
         self.segments[index] = segment
         self.update_mode()
 
@@ -535,7 +537,10 @@ class Cpu:
         """The linear address of `size` bytes at `offset` in a segment, checked (SDM vol. 3A, 5.3 and 5.4)."""
         segment = self.segments[index]
         if self.code_size == 64:
-            return (self.segment_base(index) + offset) & MASKS[64]
+            address = (self.segment_base(index) + offset) & MASKS[64]
+            if index == seg.SS_ and not (is_canonical(address) and is_canonical(address + size - 1)):
+                raise GuestFault(SS, 0)
+            return address
         allowed = segment.writable if writing else segment.readable
         if not allowed or offset < segment.first or offset + size - 1 > segment.last:
             raise GuestFault(SS if index == seg.SS_ else GP, 0)
@@ -579,7 +584,10 @@ class Cpu:
                     return self.words32[(self.read_tlb[offset >> 12] + offset) >> 2]
                 except KeyError:
                     pass
-            return self.load(offset, width)
+            try:
+                return self.load(offset, width)
+            except GuestFault as fault:
+                raise in_stack_segment(fault) from None
         return self.load_segment_memory(seg.SS_, offset, width)
 
     def store_stack(self, offset: int, value: int, width: int) -> None:
@@ -591,7 +599,10 @@ class Cpu:
                     return
                 except KeyError:
                     pass
-            self.store(offset, value, width)
+            try:
+                self.store(offset, value, width)
+            except GuestFault as fault:
+                raise in_stack_segment(fault) from None
         else:
             self.store_segment_memory(seg.SS_, offset, value, width)
 

@@ -16,6 +16,9 @@ only which door. The inner level gets a stack of its own, from the TSS, with `co
     | offset 31-16     | P | DPL | 0 | type |    | count |
     | selector         | offset 15-0                     |
     31               16 15                              0
+
+In long mode a gate has 16 bytes, and leads to 64-bit code only. Bits 63-32 of the offset follow; there are no
+parameters, and the inner stack's SS is null (5.8.3.1, 5.8.5.1).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from mini_bhyve import segmentation as seg
 from mini_bhyve import task_switch
-from mini_bhyve.faults import NP, TS, GuestFault, Unsupported, general_protection
+from mini_bhyve.faults import NP, TS, GuestFault, general_protection
 from mini_bhyve.new_stack import NewStack
 from mini_bhyve.operands import RSP
 
@@ -49,7 +52,9 @@ def real_mode_code_segment(cpu: Cpu, selector: int) -> seg.Segment:
 def far_jump(cpu: Cpu, selector: int, offset: int) -> None:
     """JMP far (SDM vol. 2A)."""
     if not cpu.protected_mode:
-        cpu.set_code_segment(real_mode_code_segment(cpu, selector), cpu.cpl)
+        segment = real_mode_code_segment(cpu, selector)
+        seg.check_offset(cpu, segment, offset)
+        cpu.set_code_segment(segment, cpu.cpl)
         cpu.next_ip = offset
         return
     descriptor = _destination(cpu, selector)
@@ -62,6 +67,7 @@ def far_jump(cpu: Cpu, selector: int, offset: int) -> None:
             raise general_protection(selector & ~3)
     segment = seg.code_segment(cpu, selector, descriptor, cpu.cpl)
     seg.check_offset(cpu, segment, offset)
+    seg.mark_accessed(cpu, segment)
     cpu.set_code_segment(segment, cpu.cpl)
     cpu.next_ip = offset
 
@@ -80,13 +86,15 @@ def far_call(cpu: Cpu, selector: int, offset: int, width: int) -> None:
         if descriptor.is_system:
             gate = descriptor
             selector, offset, descriptor, width = _behind_gate(cpu, selector, gate)
+            stack = NewStack(cpu, stack.segment, stack.pointer, cpl, wide=width == 64)
             if not descriptor.access & seg.CONFORMING and descriptor.dpl < cpl:
                 cpl = descriptor.dpl
                 stack = _inner_stack(cpu, cpl, gate.raw >> 32 & 0x1F, width)
         segment = seg.code_segment(cpu, selector, descriptor, cpl)
-        seg.check_offset(cpu, segment, offset)
+    seg.check_offset(cpu, segment, offset)
     stack.push(cpu.segments[seg.CS].selector, width)
     stack.push(cpu.next_ip, width)
+    seg.mark_accessed(cpu, segment, stack.segment)
     cpu.set_code_segment(segment, cpl)
     stack.commit()
     cpu.next_ip = offset
@@ -117,10 +125,13 @@ def _leads_to_task(descriptor: seg.Descriptor) -> bool:
 def _behind_gate(cpu: Cpu, selector: int, gate: seg.Descriptor) -> tuple[int, int, seg.Descriptor, int]:
     """Open a call gate: the selector, offset and descriptor of the code behind it, and the width of what is pushed."""
     kind = gate.access & seg.TYPE
-    if kind not in (seg.CALL_GATE16, seg.CALL_GATE32):
+    if kind != seg.CALL_GATE32 and (kind != seg.CALL_GATE16 or cpu.long_mode):
         raise general_protection(selector & ~3)
+    offset, width = gate.raw & 0xFFFF, 16
+    if kind == seg.CALL_GATE32:
+        offset, width = offset | gate.raw >> 32 & 0xFFFF0000, 32
     if cpu.long_mode:
-        raise Unsupported(f"64-bit call gate at {cpu.where()}, selector {selector:#x}")
+        offset, width = offset | seg.upper_half(cpu, selector, gate) << 32, 64
     if max(cpu.cpl, selector & 3) > gate.dpl:
         raise general_protection(selector & ~3)
     if not gate.present:
@@ -131,17 +142,20 @@ def _behind_gate(cpu: Cpu, selector: int, gate: seg.Descriptor) -> tuple[int, in
     descriptor = seg.read_descriptor(cpu, target)
     if not descriptor.is_code or descriptor.dpl > cpu.cpl:
         raise general_protection(target & ~3)
-    offset = gate.raw & 0xFFFF
-    if kind == seg.CALL_GATE16:
-        return target, offset, descriptor, 16
-    return target, offset | gate.raw >> 32 & 0xFFFF0000, descriptor, 32
+    if cpu.long_mode and descriptor.access & (seg.LONG | seg.BIG) != seg.LONG:
+        raise general_protection(target & ~3)
+    return target, offset, descriptor, width
 
 
 def _inner_stack(cpu: Cpu, cpl: int, count: int, width: int) -> NewStack:
     """The stack of a more privileged level: the caller's SS and ESP lie on top, below them copies of its parameters."""
-    parameters = [cpu.peek(index * width // 8, width) for index in range(count)]
-    ss, esp = seg.stack_from_tss(cpu, cpl)
-    stack = NewStack(cpu, seg.stack_segment(cpu, ss, cpl, vector=TS), esp, cpl)
+    parameters = []
+    if cpu.long_mode:
+        stack = NewStack(cpu, seg.null_segment(cpl), seg.pointer_from_tss(cpu, 4 + cpl * 8), cpl, wide=True)
+    else:
+        parameters = [cpu.peek(index * width // 8, width) for index in range(count)]
+        ss, esp = seg.stack_from_tss(cpu, cpl)
+        stack = NewStack(cpu, seg.stack_segment(cpu, ss, cpl, vector=TS), esp, cpl)
     stack.push(cpu.segments[seg.SS_].selector, width)
     stack.push(cpu.regs[RSP].value, width)
     for parameter in reversed(parameters):
@@ -166,8 +180,10 @@ def returned_code_segment(cpu: Cpu, selector: int) -> tuple[seg.Segment, int]:
 
 
 def returned_stack_segment(cpu: Cpu, selector: int, cpl: int, code: seg.Segment) -> seg.Segment:
-    """The stack segment on the way back; a null one only for 64-bit code below level 3."""
-    if seg.is_null(selector) and cpu.long_mode and code.access & seg.LONG and cpl < 3:
+    """The stack segment on the way back; a null one only for 64-bit code below level 3, and with its RPL."""
+    if seg.is_null(selector):
+        if not (cpu.long_mode and code.access & seg.LONG) or cpl == 3 or selector & 3 != cpl:
+            raise general_protection()
         return seg.null_segment(selector)
     return seg.stack_segment(cpu, selector, cpl)
 
@@ -177,21 +193,23 @@ def far_return(cpu: Cpu, width: int, released: int) -> None:
     size = width >> 3
     ip, selector = cpu.peek(0, width), cpu.peek(size, width) & 0xFFFF
     if not cpu.protected_mode:
-        if ip > cpu.segments[seg.CS].last:
-            raise general_protection()
+        code = real_mode_code_segment(cpu, selector)
+        seg.check_offset(cpu, code, ip)
         cpu.move_stack_pointer(2 * size + released)
-        cpu.set_code_segment(real_mode_code_segment(cpu, selector), cpu.cpl)
+        cpu.set_code_segment(code, cpu.cpl)
         cpu.next_ip = ip
         return
     code, cpl = returned_code_segment(cpu, selector)
     seg.check_offset(cpu, code, ip)
     if cpl == cpu.cpl:
+        seg.mark_accessed(cpu, code)
         cpu.move_stack_pointer(2 * size + released)
         cpu.set_code_segment(code, cpl)
     else:
         depth = 2 * size + released
         rsp, ss_selector = cpu.peek(depth, width), cpu.peek(depth + size, width) & 0xFFFF
         ss = returned_stack_segment(cpu, ss_selector, cpl, code)
+        seg.mark_accessed(cpu, code, ss)
         cpu.set_code_segment(code, cpl)
         cpu.set_stack_segment(ss)
         cpu.regs[RSP].value = rsp

@@ -55,6 +55,11 @@ def general_protection(error_code: int = 0) -> GuestFault:
     return GuestFault(GP, error_code)
 
 
+def in_stack_segment(fault: GuestFault) -> GuestFault:
+    """What an access through SS raises where another one raises `fault`: #SS for #GP (SDM vol. 3A, 6.15, "#SS")."""
+    return GuestFault(SS, fault.error_code) if fault.vector == GP else fault
+
+
 class VmExit(Exception):
     """The run ends; the message is one sentence for the user."""
 

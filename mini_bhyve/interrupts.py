@@ -32,7 +32,7 @@ from mini_bhyve.far_transfer import (
 )
 from mini_bhyve.faults import DB, DE, DF, GP, NP, PF, SS, TS, GuestFault, TripleFault, general_protection
 from mini_bhyve.new_stack import NewStack
-from mini_bhyve.operands import MASKS, RSP
+from mini_bhyve.operands import RSP
 from mini_bhyve.registers import CR0_PE
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _enter_handler(cpu: Cpu, selector: int, offset: int, width: int, error_code:
     descriptor = seg.read_descriptor(cpu, selector)
     if not descriptor.is_code or descriptor.dpl > cpu.cpl:
         raise general_protection(error_selector)
-    if cpu.long_mode and not descriptor.access & seg.LONG:
+    if cpu.long_mode and descriptor.access & (seg.LONG | seg.BIG) != seg.LONG:
         raise general_protection(error_selector)
     if not descriptor.present:
         raise GuestFault(NP, error_selector)
@@ -212,6 +212,7 @@ def _enter_handler(cpu: Cpu, selector: int, offset: int, width: int, error_code:
 
     code = seg.code_segment(cpu, selector, descriptor, cpl)
     seg.check_offset(cpu, code, offset)
+    seg.mark_accessed(cpu, code, stack.segment)
     if cpu.virtual_8086_mode:
         for index in data_segments:
             cpu.segments[index] = seg.null_segment(0)
@@ -225,15 +226,10 @@ def _long_mode_stack(cpu: Cpu, cpl: int, ist: int) -> NewStack:
     """In 64-bit mode the stack is aligned to 16, and may be one of seven special ones (SDM vol. 3A, 6.14.2-5)."""
     segment, pointer = cpu.segments[seg.SS_], cpu.regs[RSP].value
     if ist or cpl < cpu.cpl:
-        offset = 0x1C + ist * 8 if ist else 4 + cpl * 8
-        if offset + 7 > cpu.tr.limit:
-            raise GuestFault(TS, cpu.tr.selector & ~3)
-        pointer = cpu.load_system(cpu.tr.base + offset, 64)
+        pointer = seg.pointer_from_tss(cpu, 0x1C + ist * 8 if ist else 4 + cpl * 8)
     if cpl < cpu.cpl:
         segment = seg.null_segment(cpl)
-    stack = NewStack(cpu, segment, pointer & ~0xF, cpl)
-    stack.mask = MASKS[64]
-    return stack
+    return NewStack(cpu, segment, pointer & ~0xF, cpl, wide=True)
 
 
 # --- Return ---------------------------------------------------------------------------------------------------------
@@ -252,10 +248,10 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
     ip, selector, flags = (cpu.peek(index * size, width) for index in range(3))
     selector &= 0xFFFF
     if not cpu.protected_mode:
-        if ip > 0xFFFF:
-            raise general_protection()
+        code = real_mode_code_segment(cpu, selector)
+        seg.check_offset(cpu, code, ip)
         cpu.move_stack_pointer(3 * size)
-        cpu.set_code_segment(real_mode_code_segment(cpu, selector), cpu.cpl)
+        cpu.set_code_segment(code, cpu.cpl)
         restore_flags(cpu, flags, width)
         cpu.next_ip = ip
         return
@@ -263,15 +259,13 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
         _return_to_virtual_8086(cpu, ip, selector, flags)
         return
     code, cpl = returned_code_segment(cpu, selector)
-    if code.access & seg.LONG and cpu.long_mode:
-        stack_too = True
-    else:
-        if ip > code.last:
-            raise general_protection()
-        stack_too = cpl > cpu.cpl or cpu.code_size == 64
+    seg.check_offset(cpu, code, ip)
+    stack_too = cpl > cpu.cpl or cpu.code_size == 64
     if stack_too:
         rsp, ss_selector = cpu.peek(3 * size, width), cpu.peek(4 * size, width) & 0xFFFF
         ss = returned_stack_segment(cpu, ss_selector, cpl, code)
+        seg.mark_accessed(cpu, ss)
+    seg.mark_accessed(cpu, code)
     restore_flags(cpu, flags, width)
     leaving = cpl > cpu.cpl
     if not stack_too:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mini_bhyve import segmentation as seg
-from mini_bhyve.faults import SS, GuestFault
+from mini_bhyve.faults import SS, GuestFault, in_stack_segment
 from mini_bhyve.operands import MASKS, RSP
 from mini_bhyve.paging import USER_ACCESS
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 class NewStack:
     """Pushes that take effect together: nothing of the processor changes until `commit`.
 
-    A far transfer writes several words, perhaps on a stack that is not yet in use, and any of them may fault.
+    A far transfer writes several words, perhaps on a stack that is not yet in use, and any of them may fault. `wide` is
+    for what ends in 64-bit mode wherever it comes from.
     """
 
-    def __init__(self, cpu: Cpu, segment: seg.Segment, pointer: int, cpl: int):
+    def __init__(self, cpu: Cpu, segment: seg.Segment, pointer: int, cpl: int, wide: bool = False):
         self.cpu = cpu
         self.segment = segment
         self.pointer = pointer
         self.cpl = cpl
-        if cpu.long_mode and cpu.segments[seg.CS].access & seg.LONG:
+        if wide or cpu.code_size == 64:
             self.mask = MASKS[64]
         else:
             self.mask = 0xFFFFFFFF if segment.access & seg.BIG else 0xFFFF
@@ -44,7 +45,10 @@ class NewStack:
             address = (self.segment.base + offset) & 0xFFFFFFFF
         # The first pushes of an inner level are the processor's own: EFLAGS.AC is still the outer level's.
         access = self.cpu.user_access if self.cpl == self.cpu.cpl else USER_ACCESS if self.cpl == 3 else 0
-        self.cpu.store_as(address, value, width, access)
+        try:
+            self.cpu.store_as(address, value, width, access)
+        except GuestFault as fault:
+            raise in_stack_segment(fault) from None
         self.pointer = self.pointer & ~self.mask | offset
 
     def commit(self) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from mini_bhyve.faults import GP, NP, SS, TS, GuestFault, general_protection
+from mini_bhyve.paging import is_canonical
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
@@ -40,7 +41,7 @@ READABLE, CONFORMING = 2, 4  # code
 CODE = 8
 # Types of a system segment or gate (table 3-2).
 TSS16_AVAILABLE, LDT, TSS16_BUSY, CALL_GATE16, TASK_GATE, INTERRUPT_GATE16, TRAP_GATE16 = range(1, 8)
-TSS32_AVAILABLE, TSS32_BUSY, CALL_GATE32, INTERRUPT_GATE32, TRAP_GATE32 = 9, 11, 12, 14, 15
+TSS32_AVAILABLE, TSS32_BUSY, CALL_GATE32, INTERRUPT_GATE32, TRAP_GATE32 = 9, 11, 12, 14, 15  # in long mode, of 64
 BUSY = 2
 
 FOUR_GIB_LIMIT = 0xFFFFFFFF
@@ -50,12 +51,14 @@ class Segment:
     """A segment register with its hidden part (SDM vol. 3A, 3.4.3): what the descriptor said when it was loaded.
 
     `first` and `last` are the lowest and highest offset that may be used; `flat` means that they stop nothing and add
-    nothing, and that the segment may be read and written, so an access needs no look at it.
+    nothing, and that the segment may be read and written, so an access needs no look at it. `unmarked` is for
+    `mark_accessed`.
     """
 
-    __slots__ = ("access", "base", "first", "flat", "last", "limit", "readable", "selector", "writable")
+    __slots__ = ("access", "base", "first", "flat", "last", "limit", "readable", "selector", "unmarked", "writable")
 
-    def __init__(self, selector: int, base: int, limit: int, access: int):
+    def __init__(self, selector: int, base: int, limit: int, access: int, unmarked: int | None = None):
+        self.unmarked = unmarked  # where its access rights lie in memory, if they are still without the bit "accessed"
         self.selector = selector
         self.base = base
         self.limit = limit  # in bytes, granularity already worked in
@@ -129,7 +132,9 @@ class Descriptor(NamedTuple):
 
     def segment(self, selector: int) -> Segment:
         """What a segment register holds after it was loaded from here."""
-        return Segment(selector, self.base, self.limit, self.access)
+        if self.is_system or self.access & ACCESSED:
+            return Segment(selector, self.base, self.limit, self.access)
+        return Segment(selector, self.base, self.limit, self.access | ACCESSED, self.address + 5)
 
 
 # What a segment is in real mode, CS included: present, may be read, written and (if it is CS) executed (table 9-1).
@@ -166,16 +171,20 @@ def read_descriptor(cpu: Cpu, selector: int, vector: int = GP) -> Descriptor:
     if selector | 7 > limit or (selector & 4 and cpu.ldtr.access & UNUSABLE):
         raise GuestFault(vector, selector & ~3)
     address = base + (selector & ~7)
+    if cpu.long_mode and not is_canonical(address):
+        raise GuestFault(vector, selector & ~3)
     return Descriptor(cpu.load_system(address, 64), address)
 
 
-def mark_accessed(cpu: Cpu, descriptor: Descriptor) -> Descriptor:
-    """The processor notes in the table that the segment has been used (SDM vol. 3A, 3.4.5.1)."""
-    if descriptor.raw >> 40 & ACCESSED:
-        return descriptor
-    raw = descriptor.raw | ACCESSED << 40
-    cpu.store_system(descriptor.address + 5, raw >> 40 & 0xFF, 8)
-    return Descriptor(raw, descriptor.address)
+def mark_accessed(cpu: Cpu, *segments: Segment) -> None:
+    """The processor notes in the table that segments have been used (SDM vol. 3A, 3.4.5.1).
+
+    That comes when they are loaded: when nothing can go wrong any more but this, a page fault on the table.
+    """
+    for segment in segments:
+        if segment.unmarked is not None:
+            cpu.store_system(segment.unmarked, segment.access & 0xFF, 8)
+            segment.unmarked = None
 
 
 def data_segment(cpu: Cpu, selector: int, vector: int = GP) -> Segment:
@@ -194,7 +203,7 @@ def data_segment(cpu: Cpu, selector: int, vector: int = GP) -> Segment:
         raise GuestFault(vector, error_code)
     if not descriptor.present:
         raise GuestFault(NP, error_code)
-    return mark_accessed(cpu, descriptor).segment(selector)
+    return descriptor.segment(selector)
 
 
 def stack_segment(cpu: Cpu, selector: int, cpl: int, vector: int = GP) -> Segment:
@@ -210,16 +219,30 @@ def stack_segment(cpu: Cpu, selector: int, cpl: int, vector: int = GP) -> Segmen
         raise GuestFault(vector, error_code)
     if not descriptor.present:
         raise GuestFault(SS, error_code)
-    return mark_accessed(cpu, descriptor).segment(selector)
+    return descriptor.segment(selector)
 
 
 def code_segment(cpu: Cpu, selector: int, descriptor: Descriptor, cpl: int) -> Segment:
-    """What CS becomes: present, marked accessed, its RPL the privilege level it runs at. #NP with the selector."""
-    if not descriptor.present:
-        raise GuestFault(NP, selector & ~3)
+    """What CS becomes: present, its RPL the privilege level it runs at. Raises #GP or #NP with the selector."""
     if cpu.long_mode and descriptor.access & LONG and descriptor.access & BIG:
         raise general_protection(selector & ~3)
-    return mark_accessed(cpu, descriptor).segment(selector & ~3 | cpl)
+    if not descriptor.present:
+        raise GuestFault(NP, selector & ~3)
+    return descriptor.segment(selector & ~3 | cpl)
+
+
+def upper_half(cpu: Cpu, selector: int, descriptor: Descriptor) -> int:
+    """Bits 63-32 of the base or offset of a system descriptor, which has 16 bytes in long mode (SDM vol. 3A, 7.2.3).
+
+    #GP unless it lies within its table, and has zeros where there would be a type if it were a descriptor by itself.
+    """
+    limit = cpu.ldtr.limit if selector & 4 else cpu.gdtr_limit
+    if (selector | 7) + 8 > limit:
+        raise general_protection(selector & ~3)
+    upper = cpu.load_system(descriptor.address + 8, 64)
+    if upper >> 40 & (CODE_OR_DATA | TYPE):
+        raise general_protection(selector & ~3)
+    return upper & 0xFFFFFFFF
 
 
 def system_segment(cpu: Cpu, selector: int) -> Descriptor:
@@ -237,9 +260,7 @@ def load_ldtr(cpu: Cpu, selector: int) -> None:
     descriptor = system_segment(cpu, selector)
     if not descriptor.is_system or descriptor.access & TYPE != LDT:
         raise general_protection(selector & ~3)
-    if not descriptor.present:
-        raise GuestFault(NP, selector & ~3)
-    cpu.ldtr = _wide_base(cpu, descriptor, selector)
+    cpu.ldtr = _present_system_segment(cpu, descriptor, selector)
 
 
 def load_tr(cpu: Cpu, selector: int) -> None:
@@ -251,18 +272,29 @@ def load_tr(cpu: Cpu, selector: int) -> None:
     available = (TSS32_AVAILABLE,) if cpu.long_mode else (TSS32_AVAILABLE, TSS16_AVAILABLE)
     if not descriptor.is_system or kind not in available:
         raise general_protection(selector & ~3)
-    if not descriptor.present:
-        raise GuestFault(NP, selector & ~3)
     busy = Descriptor(descriptor.raw | BUSY << 40, descriptor.address)
-    tr = _wide_base(cpu, busy, selector)
+    tr = _present_system_segment(cpu, busy, selector)
     cpu.store_system(descriptor.address + 5, busy.raw >> 40 & 0xFF, 8)
     cpu.tr = tr
 
 
-def _wide_base(cpu: Cpu, descriptor: Descriptor, selector: int) -> Segment:
-    """LDTR or TR from its descriptor; in long mode bits 63-32 of the base follow it."""
-    high = cpu.load_system(descriptor.address + 8, 32) if cpu.long_mode else 0
-    return Segment(selector, descriptor.base | high << 32, descriptor.limit, descriptor.access)
+def _present_system_segment(cpu: Cpu, descriptor: Descriptor, selector: int) -> Segment:
+    """LDTR or TR from its descriptor. Raises #GP or #NP with the selector."""
+    base = descriptor.base
+    if cpu.long_mode:
+        base |= upper_half(cpu, selector, descriptor) << 32
+        if not is_canonical(base):
+            raise general_protection(selector & ~3)
+    if not descriptor.present:
+        raise GuestFault(NP, selector & ~3)
+    return Segment(selector, base, descriptor.limit, descriptor.access)
+
+
+def pointer_from_tss(cpu: Cpu, offset: int) -> int:
+    """RSP0 to RSP2 or IST1 to IST7, from the TSS of long mode (SDM vol. 3A, figure 7-11)."""
+    if offset + 7 > cpu.tr.limit:
+        raise GuestFault(TS, cpu.tr.selector & ~3)
+    return cpu.load_system(cpu.tr.base + offset, 64)
 
 
 def stack_from_tss(cpu: Cpu, level: int) -> tuple[int, int]:
@@ -277,6 +309,10 @@ def stack_from_tss(cpu: Cpu, level: int) -> tuple[int, int]:
 
 
 def check_offset(cpu: Cpu, segment: Segment, offset: int) -> None:
-    """#GP if a code segment does not reach to `offset`; 64-bit ones reach everywhere."""
-    if not (cpu.long_mode and segment.access & LONG) and offset > segment.last:
+    """#GP if a code segment does not reach to `offset`; 64-bit ones reach to every canonical address."""
+    if cpu.long_mode and segment.access & LONG:
+        reached = is_canonical(offset)
+    else:
+        reached = offset <= segment.last
+    if not reached:
         raise general_protection()

@@ -246,10 +246,16 @@ def load_segments(cpu: Cpu, task: NewTask) -> None:
         cpu.segments = [seg.virtual_8086_segment(selector) for selector in selectors]
         cpu.update_mode()
         return
-    cpu.set_code_segment(_code_segment(cpu, selectors[seg.CS]), cpu.cpl)
-    cpu.set_stack_segment(seg.stack_segment(cpu, selectors[seg.SS_], cpu.cpl, TS))
+    code = _code_segment(cpu, selectors[seg.CS])
+    seg.mark_accessed(cpu, code)
+    cpu.set_code_segment(code, cpu.cpl)
+    stack = seg.stack_segment(cpu, selectors[seg.SS_], cpu.cpl, TS)
+    seg.mark_accessed(cpu, stack)
+    cpu.set_stack_segment(stack)
     for index in (seg.ES, seg.DS, seg.FS, seg.GS):
-        cpu.segments[index] = seg.data_segment(cpu, selectors[index], TS)
+        segment = seg.data_segment(cpu, selectors[index], TS)
+        seg.mark_accessed(cpu, segment)
+        cpu.segments[index] = segment
     cpu.update_mode()
 
 

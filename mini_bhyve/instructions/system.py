@@ -140,14 +140,25 @@ def _visible_descriptor(cpu, selector):
     return descriptor
 
 
+# System descriptors that are segments, and those that do not exist in long mode (SDM vol. 2A, LAR, table 3-54).
+_WITH_LIMIT = (seg.TSS16_AVAILABLE, seg.LDT, seg.TSS16_BUSY, seg.TSS32_AVAILABLE, seg.TSS32_BUSY)
+_NOT_IN_LONG_MODE = (seg.TSS16_AVAILABLE, seg.TSS16_BUSY, seg.CALL_GATE16, seg.TASK_GATE)
+
+
+def _has_type(cpu, descriptor, system_types):
+    """Whether it is a visible descriptor of code, data or one of the system types."""
+    if descriptor is None or not descriptor.is_system:
+        return descriptor is not None
+    kind = descriptor.access & seg.TYPE
+    return kind in system_types and not (cpu.long_mode and kind in _NOT_IN_LONG_MODE)
+
+
 @instruction("lar", data_decides=True)
 def lar(cpu, dst, src):
     """LAR: bits 55-52 and 47-40 of a descriptor, as they stand there."""
     _protected_only(cpu)
     descriptor = _visible_descriptor(cpu, src.value & 0xFFFF)
-    gates = (seg.INTERRUPT_GATE16, seg.TRAP_GATE16, seg.INTERRUPT_GATE32, seg.TRAP_GATE32)
-    reserved = (0, 8, 10, 13)
-    ok = descriptor is not None and not (descriptor.is_system and descriptor.access & seg.TYPE in gates + reserved)
+    ok = _has_type(cpu, descriptor, (*_WITH_LIMIT, seg.CALL_GATE16, seg.CALL_GATE32, seg.TASK_GATE))
     if ok:
         dst.value = descriptor.raw >> 32 & 0x00F0FF00 & dst.mask
     _set_zero(cpu, ok)
@@ -158,8 +169,7 @@ def lsl(cpu, dst, src):
     """LSL: a segment's limit in bytes; gates have none."""
     _protected_only(cpu)
     descriptor = _visible_descriptor(cpu, src.value & 0xFFFF)
-    with_limit = (seg.TSS16_AVAILABLE, seg.LDT, seg.TSS16_BUSY, seg.TSS32_AVAILABLE, seg.TSS32_BUSY)
-    ok = descriptor is not None and not (descriptor.is_system and descriptor.access & seg.TYPE not in with_limit)
+    ok = _has_type(cpu, descriptor, _WITH_LIMIT)
     if ok:
         dst.value = descriptor.limit & dst.mask
     _set_zero(cpu, ok)
