@@ -302,7 +302,7 @@ class Decoder:
             displacement, base = displacement + encoding.next_ip, x86.X86_REG_INVALID
         base_index = op.ZERO if base in _NO_REGISTER else _GPR[base][0]
         index = op.ZERO if where.index in _NO_REGISTER else _GPR[where.index][0]
-        if where.segment:
+        if where.segment and (mode.code_size != 64 or _SEGMENTS[where.segment] in (FS, GS)):
             segment = _SEGMENTS[where.segment]
         else:
             segment = SS_ if base_index in (op.RSP, op.RBP) else DS

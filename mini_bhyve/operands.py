@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mini_bhyve.faults import undefined_opcode
+from mini_bhyve.faults import GuestFault, in_stack_segment, undefined_opcode
 from mini_bhyve.segmentation import CS, SS_
 
 if TYPE_CHECKING:
@@ -223,18 +223,31 @@ class FlatMemory(Memory):
     """Memory in a flat segment: the offset is the linear address.
 
     The classes for the common widths try the TLB in place: if the page is there and the address is a multiple of the
-    size, the value is one index away. Everything else goes to cpu.load and cpu.store.
+    size, the value is one index away. Everything else goes to `load` and `store`.
     """
 
     __slots__ = ()
 
     @property
     def value(self):
-        return self.cpu.load(self.address(), self.width)
+        return self.load(self.address())
 
     @value.setter
     def value(self, value):
-        self.cpu.store(self.address(), value, self.width)
+        self.store(self.address(), value)
+
+    def load(self, address):
+        """The long way, with all checks. (All that segmentation has to say here is what kind of fault it is.)"""
+        try:
+            return self.cpu.load(address, self.width)
+        except GuestFault as fault:
+            raise (in_stack_segment(fault) if self.segment == SS_ else fault) from None
+
+    def store(self, address, value):
+        try:
+            self.cpu.store(address, value, self.width)
+        except GuestFault as fault:
+            raise (in_stack_segment(fault) if self.segment == SS_ else fault) from None
 
     @classmethod
     def for_width(cls, width: int) -> type[Memory]:
@@ -251,7 +264,7 @@ class FlatMemory8(FlatMemory):
         try:
             return cpu.bytes8[cpu.read_tlb[address >> 12] + address]
         except KeyError:
-            return cpu.load(address, 8)
+            return self.load(address)
 
     @value.setter
     def value(self, value):
@@ -260,7 +273,7 @@ class FlatMemory8(FlatMemory):
         try:
             cpu.bytes8[cpu.write_tlb[address >> 12] + address] = value
         except KeyError:
-            cpu.store(address, value, 8)
+            self.store(address, value)
 
 
 class FlatMemory16(FlatMemory):
@@ -271,23 +284,23 @@ class FlatMemory16(FlatMemory):
         cpu = self.cpu
         address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 1:
-            return cpu.load(address, 16)
+            return self.load(address)
         try:
             return cpu.words16[(cpu.read_tlb[address >> 12] + address) >> 1]
         except KeyError:
-            return cpu.load(address, 16)
+            return self.load(address)
 
     @value.setter
     def value(self, value):
         cpu = self.cpu
         address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 1:
-            cpu.store(address, value, 16)
+            self.store(address, value)
             return
         try:
             cpu.words16[(cpu.write_tlb[address >> 12] + address) >> 1] = value
         except KeyError:
-            cpu.store(address, value, 16)
+            self.store(address, value)
 
 
 class FlatMemory32(FlatMemory):
@@ -298,23 +311,23 @@ class FlatMemory32(FlatMemory):
         cpu = self.cpu
         address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 3:
-            return cpu.load(address, 32)
+            return self.load(address)
         try:
             return cpu.words32[(cpu.read_tlb[address >> 12] + address) >> 2]
         except KeyError:
-            return cpu.load(address, 32)
+            return self.load(address)
 
     @value.setter
     def value(self, value):
         cpu = self.cpu
         address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 3:
-            cpu.store(address, value, 32)
+            self.store(address, value)
             return
         try:
             cpu.words32[(cpu.write_tlb[address >> 12] + address) >> 2] = value
         except KeyError:
-            cpu.store(address, value, 32)
+            self.store(address, value)
 
 
 class FlatMemory64(FlatMemory):
@@ -325,23 +338,23 @@ class FlatMemory64(FlatMemory):
         cpu = self.cpu
         address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 7:
-            return cpu.load(address, 64)
+            return self.load(address)
         try:
             return cpu.words64[(cpu.read_tlb[address >> 12] + address) >> 3]
         except KeyError:
-            return cpu.load(address, 64)
+            return self.load(address)
 
     @value.setter
     def value(self, value):
         cpu = self.cpu
         address = (self.base.value + self.index.value * self.scale + self.displacement) & self.address_mask
         if address & 7:
-            cpu.store(address, value, 64)
+            self.store(address, value)
             return
         try:
             cpu.words64[(cpu.write_tlb[address >> 12] + address) >> 3] = value
         except KeyError:
-            cpu.store(address, value, 64)
+            self.store(address, value)
 
 
 # --- Special registers ----------------------------------------------------------------------------------------------
