@@ -149,7 +149,7 @@ class Difference(NamedTuple):
 
     manual: str
     says: str
-    applies: Callable[[Vector], bool]
+    applies: Callable[[Vector], object]
 
 
 OF_THE_286 = [
@@ -172,6 +172,24 @@ OF_THE_286 = [
         "vol. 3A, 6.5",
         "a fault leaves the registers as they were; the 286 had moved the pointers of a string instruction",
         lambda test: test.main_opcode in STRINGS and test.exception == 13,
+    ),
+    Difference(
+        "vol. 3A, 6.5",
+        "a fault leaves the flags as they were; AAM of the 286 had set some before it found that it divides by 0",
+        lambda test: test.main_opcode == b"\xd4" and test.exception == 0,
+    ),
+    Difference(
+        "vol. 2A, IDIV",
+        "a quotient below 80H is #DE; the 286 overlooked some, and stored 80H",
+        lambda test: test.main_opcode == b"\xf6"
+        and test.modrm >> 3 & 7 == 7
+        and test.exception is None
+        and test.final["ax"] & 0xFF == 0x80,
+    ),
+    Difference(
+        "vol. 3A, table 6-2",
+        "an invalid opcode comes before a fault of its operand; the 286 looked at bits 5-3 of ModRM last",
+        lambda test: test.main_opcode in (b"\x8f", b"\xc6", b"\xc7") and test.modrm & 0x38 and test.exception == 13,
     ),
     Difference(
         "vol. 1, 3.4.2",
