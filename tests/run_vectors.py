@@ -246,7 +246,7 @@ OF_THE_386 = [
 OF_BOTH = [
     Difference(
         "vol. 1, 8.1",
-        "an ESC opcode is for the x87, which our processor does not have: #UD; the 286 did nothing, for nobody answered",
+        "an ESC opcode is for the x87, which our processor does not have: #UD; the 286 asked, and nobody answered",
         lambda test: 0xD8 <= test.main_opcode[0] <= 0xDF,
     ),
 ]
