@@ -10,7 +10,7 @@ For the guest that is all. For the user, who may wonder why a program died, the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, NoReturn
+from typing import TYPE_CHECKING, Callable, NamedTuple, NoReturn
 
 from capstone import CsInsn
 from capstone import x86_const as x86
@@ -21,41 +21,62 @@ from mini_bhyve.fpu import check_mmx, check_sse, check_x87
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
 
-_X87_OPCODES = range(0xD8, 0xE0)
-_VEX_AND_ITS_LIKE = (0x62, 0x8F, 0xC4, 0xC5)  # EVEX, XOP, VEX; 8F is also POP, which is not absent
-_MMX = range(x86.X86_REG_MM0, x86.X86_REG_MM7 + 1)
-_XMM = range(x86.X86_REG_XMM0, x86.X86_REG_XMM15 + 1)
-_WITHOUT_OPERANDS = (x86.X86_INS_EMMS, x86.X86_INS_FEMMS)
+
+class Unit(NamedTuple):
+    """A part of the processor that this one does not have."""
+
+    name: str
+    check: Callable[[Cpu], None]  # raises what the control bits say
 
 
 def check_nothing(cpu: Cpu) -> None:
-    """The instruction belongs to no unit that could be switched off. (AVX does, by CR4.OSXSAVE, which stays 0: #UD.)"""
+    """There are no control bits for it. (For AVX there is CR4.OSXSAVE, which stays 0: #UD.)"""
 
 
-def check_for(insn: CsInsn, operand_size: bool) -> Callable[[Cpu], None]:
-    """How to find out whether the unit that an instruction belongs to may be used, apart from its being absent.
+X87, MMX, SSE = Unit("x87", check_x87), Unit("MMX", check_mmx), Unit("SSE", check_sse)
+AMD_3DNOW, AVX, AVX512 = Unit("3DNow!", check_mmx), Unit("AVX", check_nothing), Unit("AVX-512", check_nothing)
+XOP, OTHER = Unit("XOP", check_nothing), Unit("", check_nothing)
+
+_X87_OPCODES = range(0xD8, 0xE0)
+_EVEX, _XOP, _VEX = 0x62, 0x8F, (0xC4, 0xC5)  # the first is also BOUND, then POP, then LES and LDS: none is absent
+_MMX_REGISTERS = range(x86.X86_REG_MM0, x86.X86_REG_MM7 + 1)
+_XMM_REGISTERS = range(x86.X86_REG_XMM0, x86.X86_REG_XMM15 + 1)
+# Conversions of SSE that, from memory, go to other registers.
+_FROM_MEMORY = [getattr(x86, f"X86_INS_CVT{name}") for name in "SS2SI SD2SI TSS2SI TSD2SI PS2PI TPS2PI".split()]
+
+
+def unit_of(insn: CsInsn, operand_size: bool) -> Unit:
+    """The unit that an absent instruction belongs to. Its encoding says it, or its registers.
 
     With a 66 prefix (`operand_size`) what works on MMX registers works on XMM registers; capstone forgets it in 16-bit
     code.
     """
-    if insn.opcode[0] in _X87_OPCODES:
-        return check_x87
-    if insn.opcode[0] in _VEX_AND_ITS_LIKE:
-        return check_nothing
+    first, second, *_ = insn.opcode
+    if first in _X87_OPCODES:
+        return X87
+    if first == _EVEX:
+        return AVX512
+    if first == _XOP:
+        return XOP
+    if first in _VEX:
+        return AVX512 if insn.insn_name().startswith("k") else AVX  # K: mask registers
     registers = [operand.reg for operand in insn.operands if operand.type == x86.X86_OP_REG]
-    if any(register in _XMM for register in registers):
-        return check_sse
-    if insn.id in _WITHOUT_OPERANDS or any(register in _MMX for register in registers):
-        return check_sse if operand_size else check_mmx
-    return check_nothing
+    if insn.id == x86.X86_INS_FEMMS or x86.X86_GRP_3DNOW in insn.groups:
+        return AMD_3DNOW
+    if insn.id in _FROM_MEMORY or any(register in _XMM_REGISTERS for register in registers):
+        return SSE
+    if insn.id == x86.X86_INS_EMMS or any(register in _MMX_REGISTERS for register in registers):
+        return SSE if operand_size else MMX
+    return OTHER
 
 
-def absent(cpu: Cpu, check: Callable[[Cpu], None], mnemonic: str, text: str) -> NoReturn:
+def absent(cpu: Cpu, unit: Unit, mnemonic: str, text: str) -> NoReturn:
     """The step for such an instruction."""
     try:
-        check(cpu)
+        unit.check(cpu)
         raise undefined_opcode()
     except GuestFault as fault:
         if fault.vector == UD:
-            cpu.tell_absent(mnemonic, f"the guest gets #UD at {cpu.where()}: this processor does not have {text}")
+            kind = f"no {unit.name}" if unit.name else "no such instruction"
+            cpu.tell_absent(mnemonic, f"the guest gets #UD at {cpu.where()} for {text}: this processor has {kind}")
         raise

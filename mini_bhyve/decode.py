@@ -15,7 +15,7 @@ import capstone
 from capstone import x86_const as x86
 
 from mini_bhyve import operands as op
-from mini_bhyve.absent import absent, check_for
+from mini_bhyve.absent import absent, unit_of
 from mini_bhyve.faults import GuestFault, undefined_opcode
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.instructions.definition import NP, Definition, Encoding
@@ -239,9 +239,9 @@ class Decoder:
         encoding = encode(insn, number, prefixes, mode)
         definition = DEFINITIONS.get(number)
         if definition is None or not all(map(_known, insn.operands)):
-            text = f"{describe(insn)}  ({insn.bytes.hex(' ')})"
-            check = check_for(insn, prefixes.operand_size)
-            return (absent, (self.cpu, check, insn.insn_name(), text), encoding.next_ip), True
+            text = f"{describe(insn)} ({insn.bytes.hex(' ')})"
+            unit = unit_of(insn, prefixes.operand_size)
+            return (absent, (self.cpu, unit, insn.insn_name(), text), encoding.next_ip), True
         if not _allowed(definition, insn, prefixes, mode):
             return (_undefined, (), encoding.next_ip), True
         try:

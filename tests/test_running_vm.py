@@ -172,8 +172,8 @@ def test_the_user_is_told_once_of_each_instruction_that_the_processor_does_not_h
     image = bytes.fromhex(code).ljust(0x40, b"\x90") + bytes.fromhex(handler)
     ended = run_bhyve(run_dir, "--kernel", boot_image(tmp_path, image.hex()))
     assert ended.stderr.decode().splitlines() == [
-        "vm: the guest gets #UD at 0000:7c10: this processor does not have movaps xmm0, xmm1  (0f 28 c1)",
-        "vm: the guest gets #UD at 0000:7c13: this processor does not have fld1  (d9 e8)",
+        "vm: the guest gets #UD at 0000:7c10 for movaps xmm0, xmm1 (0f 28 c1): this processor has no SSE",
+        "vm: the guest gets #UD at 0000:7c13 for fld1 (d9 e8): this processor has no x87",
         "vm: halted with interrupts off at 0000:7c1b",
     ]
 
