@@ -17,35 +17,40 @@ logger = logging.getLogger(__name__)
 
 
 def find(name: str):
-    """The object for `ipc.init_ipc` (in the package) or `ctl.main`, and the name of the module that defines it.
+    """The object for `ipc.init_ipc` (in the package) or `ctl.main`; its name in the module that defines it; that one's.
 
     Raises ImportError or AttributeError.
     """
-    module_name, _, path = name.partition(".")
-    module = importlib.import_module("ctl" if module_name == "ctl" else f"mini_bhyve.{module_name}")
-    target = module
-    for part in path.split(".") if path else ():
+    first, *path = name.split(".")
+    target = module = importlib.import_module("ctl" if first == "ctl" else f"mini_bhyve.{first}")
+    while path and inspect.ismodule(getattr(module, path[0])):
+        target = module = getattr(module, path.pop(0))
+    for part in path:
         target = getattr(target, part)
     defined_here = inspect.isclass(target) or inspect.isroutine(
         target
     )  # anything else does not say where it comes from
-    return target, target.__module__ if defined_here else module.__name__
+    return target, ".".join(path), target.__module__ if defined_here else module.__name__
 
 
 def src(role, rawtext, text, lineno, inliner, options=None, content=()):
     """The role. Classes and functions have an anchor on viewcode's pages; for the rest the page must do."""
-    env = inliner.document.settings.env
     try:
-        target, module = find(text)
+        return [link(inliner.document.settings.env, text)], []
     except (ImportError, AttributeError) as error:
         return [], [inliner.reporter.error(f"no such name in the code: {text} ({error})", line=lineno)]
+
+
+def link(env, text, shown=""):
+    """A link to the source of a name. Raises as `find` does."""
+    target, name, module = find(text)
     page = "_modules/" + module.replace(".", "/")
-    anchor = text.partition(".")[2] if inspect.isclass(target) or inspect.isroutine(target) else ""
+    anchor = name if inspect.isclass(target) or inspect.isroutine(target) else ""
     env.app.source_links.add((text, page, anchor))
     address = env.app.builder.get_relative_uri(env.docname, page) + (f"#{anchor}" if anchor else "")
-    link = nodes.reference(rawtext, internal=True, refuri=address)
-    link += nodes.literal(text, text)
-    return [link], []
+    made = nodes.reference("", "", internal=True, refuri=address)
+    made += nodes.literal("", shown or text)
+    return made
 
 
 def check_links(app, failure):
