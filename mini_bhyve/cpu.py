@@ -122,7 +122,7 @@ class Cpu:
         self.cr2 = self.cr3 = self.cr4 = 0
         self.efer: int = 0
         self.cr8 = 0  # the task priority, 0 to 15: interrupts of that priority and below wait in the local APIC
-        self.msrs = dict.fromkeys(msr.KEPT, 0)
+        self.msrs = msr.after_reset()
         self.set_time_stamp(0)
         self.debug.reset()
         self.fpu.reset()

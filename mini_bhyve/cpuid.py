@@ -75,6 +75,7 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
         11: Feature("SEP", "SYSENTER and SYSEXIT"),
         13: Feature("PGE", "global pages, which stay in the TLB when CR3 changes", cr4=CR4_PGE),
         15: Feature("CMOV", "conditional moves"),
+        16: Feature("PAT", "page tables choose among eight types of memory, all alike without caches"),
         17: Feature("PSE-36", "4-MByte pages beyond 4 GiB"),
         19: Feature("CLFSH", "CLFLUSH"),
         24: Feature("FXSR", "FXSAVE and FXRSTOR, of registers that nothing computes with",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TIME_STAMP_COUNTER = 0x10
 BIOS_SIGN_ID = 0x8B
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
+PAT = 0x277
 EFER = 0xC0000080
 STAR, LSTAR, CSTAR, FMASK = 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
 FS_BASE, GS_BASE, KERNEL_GS_BASE = 0xC0000100, 0xC0000101, 0xC0000102
@@ -49,11 +50,19 @@ def address(value: int) -> int:
     return value
 
 
+def memory_types(value: int) -> int:
+    """Eight bytes, each a type of memory (SDM vol. 3A, table 11-10)."""
+    if any(byte not in (0, 1, 4, 5, 6, 7) for byte in value.to_bytes(8, "little")):
+        raise general_protection()
+    return value
+
+
 class Kept(NamedTuple):
     """A register that is a number and nothing more."""
 
     name: str  # the manual's without IA32_; also the field in a snapshot
     accept: Callable[[int], int]  # what is kept of a value that is written
+    after_reset: int = 0
 
 
 KEPT: dict[int, Kept] = {
@@ -61,6 +70,8 @@ KEPT: dict[int, Kept] = {
     SYSENTER_CS: Kept("sysenter_cs", low_doubleword),  # SYSENTER and SYSEXIT: the first of four selectors
     SYSENTER_ESP: Kept("sysenter_esp", address),  # SYSENTER: the stack pointer
     SYSENTER_EIP: Kept("sysenter_eip", address),  # SYSENTER: the entry
+    # How a page's PAT, PCD and PWT bits choose one of eight ways to cache it. There are no caches here.
+    PAT: Kept("pat", memory_types, after_reset=0x0007_0406_0007_0406),
     # SYSCALL: CS in bits 47-32, SS is the next; SYSRET: CS in 63-48. (31-0 are AMD's, for 32-bit mode.)
     STAR: Kept("star", any_value),
     LSTAR: Kept("lstar", address),  # SYSCALL: the entry, from 64-bit mode
@@ -69,6 +80,11 @@ KEPT: dict[int, Kept] = {
     KERNEL_GS_BASE: Kept("kernel_gs_base", address),  # what SWAPGS exchanges with the base of GS
     TSC_AUX: Kept("tsc_aux", doubleword),  # what RDTSCP and RDPID return, usually the processor's number
 }
+
+
+def after_reset() -> dict[int, int]:
+    """What they hold after power-on (vol. 3A, table 9-1)."""
+    return {number: kept.after_reset for number, kept in KEPT.items()}
 
 
 class Msr(NamedTuple):

@@ -45,6 +45,10 @@ TAKES = {
     msr.LSTAR: [(ADDRESS, ADDRESS), (NOT_AN_ADDRESS, None)],
     msr.CSTAR: [(ADDRESS, ADDRESS), (NOT_AN_ADDRESS, None)],
     msr.FMASK: [(0xFFFFFFFF, 0xFFFFFFFF), (1 << 32, None)],
+    msr.PAT: [
+        (0x0706_0504_0100_0000, 0x0706_0504_0100_0000),
+        *((unknown << shift, None) for unknown, shift in ((2, 0), (3, 8), (8, 56), (0xFF, 24))),
+    ],
     msr.FS_BASE: [(ADDRESS, ADDRESS), (NOT_AN_ADDRESS, None)],
     msr.GS_BASE: [(ADDRESS, ADDRESS), (NOT_AN_ADDRESS, None)],
     msr.KERNEL_GS_BASE: [(ADDRESS, ADDRESS), (NOT_AN_ADDRESS, None)],
@@ -338,7 +342,7 @@ def test_a_snapshot_from_before_there_were_any_leaves_them_as_they_are_after_a_r
         del fields[name]
     made = LongModeGuest()
     restore_state(made.cpu, fields)
-    assert set(made.cpu.msrs.values()) == {0}
+    assert made.cpu.msrs == msr.after_reset()
     assert made.cpu.cr8 == 0
 
 
@@ -347,5 +351,5 @@ def test_a_reset_clears_them():
     made.cpu.msrs[msr.LSTAR] = made.cpu.msrs[msr.TSC_AUX] = 1
     made.cpu.cr8 = 3
     made.cpu.reset()
-    assert set(made.cpu.msrs.values()) == {0}
+    assert made.cpu.msrs == msr.after_reset()
     assert made.cpu.cr8 == 0

@@ -220,7 +220,7 @@ class Ours:
         cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer = case.controls or self.controls
         cpu.cr2, cpu.halted, cpu.attention = 0, False, False
         cpu.gdtr_base, cpu.gdtr_limit, cpu.idtr_base, cpu.idtr_limit = GDT, len(DESCRIPTORS) * 8 - 1, 0, 0x3FF
-        cpu.msrs = dict.fromkeys(msr.KEPT, 0)
+        cpu.msrs = msr.after_reset()
         cpu.debug.reset()
         cpu.update_debug()
         cpu.fpu.reset()
