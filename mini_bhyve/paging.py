@@ -110,7 +110,7 @@ def reserved_bits(mode: PagingMode, shift: int, large: bool, execute_disable: bo
         reserved |= EXECUTE_DISABLE
     if large:
         reserved |= (1 << shift) - (1 << 13)  # bit 12 is PAT
-    elif shift > 21:
+    elif shift not in (12, *mode.large_at):
         reserved |= PAGE_SIZE_BIT
     if mode is PAGING_PAE:
         reserved |= (1 << 63) - (1 << 52)
@@ -216,7 +216,6 @@ class Mmu:
         for tlb in self.tlbs():
             for page in pages:
                 tlb.pop(page, None)
-        self.global_pages -= pages
         return executed
 
     def watch_frame(self, frame: int) -> None:

@@ -20,6 +20,7 @@ from mini_bhyve.cpu import Cpu
 from mini_bhyve.faults import GP, PF, GuestFault
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
+from mini_bhyve.new_stack import NewStack
 from mini_bhyve.operands import RAX, RBX, RCX, RSI, RSP
 from mini_bhyve.paging import ACCESSED, DIRTY, EXECUTE_DISABLE, GLOBAL, PAGE_SIZE_BIT, PRESENT, WRITABLE
 from mini_bhyve.registers import (
@@ -161,6 +162,18 @@ def test_a_store_across_pages_is_done_on_both_or_on_none():
     assert cpu.memory.read(NEW, 0x1000) == bytes(0x1000)
 
 
+CALL_PAGE = "bd00004000 ffd5"  # mov ebp, PAGE; call ebp
+
+
+@pytest.mark.parametrize("flush", [INVLPG, RELOAD_CR3, TOGGLE_PGE], ids=["INVLPG", "MOV CR3", "CR4.PGE"])
+def test_code_that_ran_at_an_address_is_forgotten_with_its_page(flush):
+    cpu = machine(CALL_PAGE + MAP_NEW + flush + CALL_PAGE + "f4", OLD | 7)
+    cpu.memory.load(OLD, bytes.fromhex("bb01000000 c3"))  # mov ebx, 1; ret
+    cpu.memory.load(NEW, bytes.fromhex("bb02000000 c3"))
+    run(cpu)
+    assert cpu.regs[RBX].value == 2
+
+
 # --- Global pages -----------------------------------------------------------------------------------------------------
 
 SET_PGE = "b880000000 0f22e0"  # mov eax, 80h; mov cr4, eax
@@ -277,6 +290,21 @@ def test_under_smap_ac_does_not_open_user_pages_to_the_processor_itself():
     with pytest.raises(GuestFault) as caught:
         seg.read_descriptor(cpu, 0x10)
     assert (caught.value.vector, caught.value.error_code, caught.value.address) == (PF, 1, PAGE + 0x10)
+
+
+def test_under_smap_ac_opens_a_stack_on_a_user_page_but_not_to_the_way_into_an_inner_level():
+    cpu = machine("", OLD | 7)
+    cpu.write_control_register(4, CR4_SMAP)
+    cpu.system_flags |= fl.AC
+    stack = PAGE + 0x100
+    NewStack(cpu, cpu.segments[seg.SS_], stack, 0).push(0x1234, 32)
+    assert cpu.memory.read(OLD + 0xFC, 4) == (0x1234).to_bytes(4, "little")
+    cpu.cpl = 3
+    cpu.update_mode()
+    NewStack(cpu, cpu.segments[seg.SS_], stack, 3).push(0x1234, 32)
+    with pytest.raises(GuestFault) as caught:
+        NewStack(cpu, cpu.segments[seg.SS_], stack, 0).push(0x1234, 32)
+    assert (caught.value.vector, caught.value.error_code, caught.value.address) == (PF, 3, stack - 4)
 
 
 def test_stac_and_clac_are_for_level_0():
