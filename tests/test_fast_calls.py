@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from long_mode_guest import (
     CODE,
@@ -21,7 +23,7 @@ from mini_bhyve import msr
 from mini_bhyve import segmentation as seg
 from mini_bhyve.faults import GP, UD
 from mini_bhyve.operands import RCX, RDX, RSP
-from mini_bhyve.registers import EFER_SCE
+from mini_bhyve.registers import EFER_LMA, EFER_LME, EFER_SCE
 
 R11 = 11
 SYSCALL, SYSRET, SYSRETQ, SYSENTER, SYSEXIT, SYSEXITQ = "0f05", "0f07", "480f07", "0f34", "0f35", "480f35"
@@ -228,3 +230,38 @@ def test_sysenter_and_sysexit_are_refused_in_real_mode(instruction):
     made.memory.load(0x30000 + 4 * GP, TARGET.to_bytes(4, "little"))
     made.step()
     assert cpu.ip == TARGET
+
+
+# --- The ways back, on Unicorn's processor as well (for the ways there it has hooks) ----------------------------------
+
+
+@pytest.mark.parametrize("instruction", [SYSRET, SYSRETQ, SYSEXIT, SYSEXITQ])
+def test_a_return_leaves_the_same_registers_as_on_unicorn(instruction):
+    pytest.importorskip("unicorn")
+    from unicorn import x86_const as uc
+    from unicorn_tools import WORLDS, Case, Ours, Theirs
+
+    world = WORLDS["long64"]
+    ours, theirs = Ours(world), Theirs(world)
+    numbers = random.Random(instruction)
+    msrs = {msr.STAR: 0x18 << 48, msr.SYSENTER_CS: 0x108, msr.EFER: EFER_LME | EFER_LMA | EFER_SCE}
+    for number, value in msrs.items():
+        theirs.uc.reg_write(uc.UC_X86_REG_MSR, (number, value))
+    theirs.beginning = theirs.uc.context_save()
+    for _ in range(50):
+        registers = [numbers.getrandbits(64) for _ in range(16)]
+        registers[RCX], registers[RDX] = numbers.getrandbits(16) + 0x10000, numbers.getrandbits(15) + 0x10000
+        registers[R11] &= ~fl.TF  # which Unicorn would act upon
+        case = Case(world.name, bytes.fromhex(instruction), tuple(registers), numbers.getrandbits(8) | fl.IF | 2)
+        other = theirs.run(case)
+        ours.begin(case)
+        for number, value in msrs.items():
+            msr.write(ours.cpu, number, value)
+        mine = ours.go_on(1)
+        assert mine.vector is None
+        # From R11 Unicorn takes RF, VM and reserved bits as well, but neither VIF nor VIP.
+        mask = 0x3C7FD7 & ~(fl.VIF | fl.VIP)
+        assert (mine.ip, mine.selectors, mine.flags & mask) == (other.ip, other.selectors, other.flags & mask), case
+        wide = instruction in (SYSRETQ, SYSEXITQ)
+        low = (1 << (64 if wide else 32)) - 1  # nothing is said of the upper halves outside 64-bit mode
+        assert [value & low for value in mine.registers[:8]] == [value & low for value in other.registers[:8]]

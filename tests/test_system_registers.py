@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from long_mode_guest import (
     CODE,
@@ -19,7 +21,19 @@ from mini_bhyve import msr
 from mini_bhyve import segmentation as seg
 from mini_bhyve.faults import GP, UD
 from mini_bhyve.operands import RAX, RBX, RCX, RDX
-from mini_bhyve.registers import CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_FSGSBASE, CR4_PAE, CR4_TSD, CR4_UMIP
+from mini_bhyve.registers import (
+    CR0_CD,
+    CR0_ET,
+    CR0_NW,
+    CR0_PE,
+    CR0_PG,
+    CR4_FSGSBASE,
+    CR4_PAE,
+    CR4_TSD,
+    CR4_UMIP,
+    EFER_LMA,
+    EFER_LME,
+)
 from mini_bhyve.snapshot_state import restore_state, save_state
 
 RDMSR, WRMSR = "0f32", "0f30"
@@ -199,6 +213,27 @@ def test_programs_may_read_and_write_the_bases_if_the_kernel_lets_them(index):
         made.cpu.regs[RAX].value = (1 << 64) - 1
         made.run()
         assert made.cpu.regs[RAX].value == ADDRESS & mask
+
+
+@pytest.mark.parametrize("world", ["long64", "user64"])
+def test_the_bases_are_read_and_written_as_on_unicorn(world):
+    pytest.importorskip("unicorn")
+    from unicorn_tools import WORLDS, Case, Ours, Theirs
+
+    ours, theirs = Ours(WORLDS[world]), Theirs(WORLDS[world])
+    controls = (ON, ours.cpu.cr3, CR4_PAE | CR4_FSGSBASE, EFER_LME | EFER_LMA)
+    numbers = random.Random(world)
+    for program in (
+        "f3480faed0 f3480faec3",  # wrfsbase rax; rdfsbase rbx
+        "f30faed0 f3480faec3",  # wrfsbase eax; rdfsbase rbx
+        "f3480faed8 f30faecb",  # wrgsbase rax; rdgsbase ebx
+        "f3490faedf f3480faecb",  # wrgsbase r15; rdgsbase rbx
+        "f3480faec3 f3480faec9",  # rdfsbase rbx; rdgsbase rcx
+    ):
+        registers = tuple(numbers.getrandbits(47) for _ in range(16))
+        case = Case(world, bytes.fromhex(program), registers, 2, instructions=2, controls=controls)
+        mine, other = ours.run(case), theirs.run(case)
+        assert (mine.vector, mine.ip, mine.registers) == (None, other.ip, other.registers), program
 
 
 def test_a_base_that_is_not_canonical_is_refused():
