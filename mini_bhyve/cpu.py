@@ -507,10 +507,17 @@ class Cpu:
         """As `store`, with the rights of the supervisor."""
         self.store_as(address & self.mmu.linear_mask, value, width, 0)
 
+    def next_page(self, address: int) -> int:
+        """Where the page behind that of `address` begins. #GP, which comes before any page fault, if there is none."""
+        following = (address | PAGE_SIZE - 1) + 1 & self.mmu.linear_mask
+        if self.mmu.canonical and not is_canonical(following):
+            raise general_protection()
+        return following
+
     def load_across(self, address: int, size: int, user: int) -> bytes:
         """Bytes that lie on two pages."""
         first = PAGE_SIZE - (address & PAGE_SIZE - 1)
-        second_address = (address + first) & self.mmu.linear_mask
+        second_address = self.next_page(address)
         low = self.memory.read(self.mmu.translate(address, READ | user), first)
         return low + self.memory.read(self.mmu.translate(second_address, READ | user), size - first)
 
@@ -518,10 +525,10 @@ class Cpu:
         """The general store. Both pages of one that straddles are checked before a byte is written."""
         data = (value & MASKS[width]).to_bytes(width >> 3, "little")
         first = PAGE_SIZE - (address & PAGE_SIZE - 1)
+        second_address = self.next_page(address) if len(data) > first else None
         physical = self.mmu.translate(address, WRITE | user)
-        if len(data) > first:
-            second = self.mmu.translate((address + first) & self.mmu.linear_mask, WRITE | user)
-            self.store_physical(second, data[first:])
+        if second_address is not None:
+            self.store_physical(self.mmu.translate(second_address, WRITE | user), data[first:])
         self.store_physical(physical, data[:first])
         if self.debug.breakpoints:
             self.debug.note_access(address, len(data), storing=True)

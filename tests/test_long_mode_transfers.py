@@ -462,11 +462,17 @@ def test_an_address_that_is_not_canonical_is_a_stack_fault_through_ss_and_else_a
     assert made.run().fault() == (vector, 0, CODE)
 
 
-@pytest.mark.parametrize("program, vector", [("488b00", GP), ("488b4500", SS), ("c9", SS)])
-def test_an_operand_may_run_out_of_the_canonical_addresses(program, vector):
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(
+    "program, vector", [("488b00", GP), ("488900", GP), ("488b4500", SS), ("894500", SS), ("c9", SS)]
+)
+def test_an_operand_that_runs_out_of_the_canonical_addresses_is_refused_before_its_page_is_looked_for(
+    program, vector, there
+):
     made = with_exception_stack(program)
-    for table, index, entry in ((0x20000, 255, 0x21007), (0x21000, 511, 0x22007), (0x22000, 511, 0x87)):
-        made.words(table + 8 * index, entry)  # so that the last page is there
+    if there:
+        for table, index, entry in ((0x20000, 255, 0x21007), (0x21000, 511, 0x22007), (0x22000, 511, 0x87)):
+            made.words(table + 8 * index, entry)
     made.cpu.regs[RAX].value = made.cpu.regs[RBP].value = NOT_CANONICAL - 3
     assert made.run().fault() == (vector, 0, CODE)
 
