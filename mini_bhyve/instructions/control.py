@@ -7,7 +7,7 @@ from mini_bhyve import interrupts
 from mini_bhyve.far_transfer import far_call, far_jump, far_return
 from mini_bhyve.faults import BP, BR, DB, OF, GuestFault, general_protection, undefined_opcode
 from mini_bhyve.instructions.definition import instruction, signed
-from mini_bhyve.operands import RCX, Memory
+from mini_bhyve.operands import RCX
 
 
 @instruction("jmp", ends_block=True)
@@ -80,8 +80,6 @@ def _far_pointer(encoding, operands):
         selector, offset = operands
         return selector.value, offset.value & (1 << encoding.operand_width) - 1
     (pointer,) = operands
-    if not isinstance(pointer, Memory):
-        raise undefined_opcode()
     offset = pointer.at(0, encoding.operand_width).value
     return pointer.at(encoding.operand_width // 8, 16).value, offset
 

@@ -42,12 +42,8 @@ for _name, _condition in CONDITIONS.items():
 @instruction("xchg", lockable=True)
 def xchg(cpu, dst, src):
     a, b = dst.value, src.value
-    if isinstance(src, Memory):  # the operand that may fault is written first
-        src.value = a
-        dst.value = b
-    else:
-        dst.value = b
-        src.value = a
+    dst.value = b  # which may be in memory, and fault; the source never is
+    src.value = a
 
 
 def _reverse_bytes(value, width):

@@ -17,9 +17,7 @@ from mini_bhyve.operands import LowDoubleword
 
 
 def _count(operand, width):
-    """How far to go: the operand's low 5 or 6 bits; 1 where the instruction has no operand for it."""
-    if operand is None:
-        return 1
+    """How far to go: the operand's low 5 or 6 bits."""
     return operand.value & (0x3F if width == 64 else 0x1F)
 
 
@@ -30,7 +28,7 @@ def _keep(dst):
 
 
 @instruction("shl", "sal", data_decides=True)
-def shl(cpu, dst, count=None):
+def shl(cpu, dst, count):
     """SHL. OF tells, for a count of 1, that the sign has changed."""
     width = dst.width
     n = _count(count, width)
@@ -45,7 +43,7 @@ def shl(cpu, dst, count=None):
 
 
 @instruction("shr", data_decides=True)
-def shr(cpu, dst, count=None):
+def shr(cpu, dst, count):
     """SHR. OF is, for a count of 1, the sign that was; beyond that it is undefined, and processors give 0."""
     width = dst.width
     n = _count(count, width)
@@ -59,7 +57,7 @@ def shr(cpu, dst, count=None):
 
 
 @instruction("sar", data_decides=True)
-def sar(cpu, dst, count=None):
+def sar(cpu, dst, count):
     """SAR: the sign stays, so a division by a power of two, rounded downwards. OF is 0."""
     width = dst.width
     n = _count(count, width)
@@ -81,7 +79,7 @@ def _set_carry_overflow(cpu, carry_out, overflow):
 
 
 @instruction("rol", data_decides=True)
-def rol(cpu, dst, count=None):
+def rol(cpu, dst, count):
     width = dst.width
     n = _count(count, width)
     a = dst.value
@@ -95,7 +93,7 @@ def rol(cpu, dst, count=None):
 
 
 @instruction("ror", data_decides=True)
-def ror(cpu, dst, count=None):
+def ror(cpu, dst, count):
     width = dst.width
     n = _count(count, width)
     a = dst.value
@@ -109,7 +107,7 @@ def ror(cpu, dst, count=None):
 
 
 @instruction("rcl", data_decides=True)
-def rcl(cpu, dst, count=None):
+def rcl(cpu, dst, count):
     """RCL rotates width + 1 bits: the carry flag above the operand."""
     width = dst.width
     n = _count(count, width)
@@ -125,7 +123,7 @@ def rcl(cpu, dst, count=None):
 
 
 @instruction("rcr", data_decides=True)
-def rcr(cpu, dst, count=None):
+def rcr(cpu, dst, count):
     width = dst.width
     n = _count(count, width)
     a = dst.value | carry(cpu.flags) << width
