@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mini_bhyve import cpuid as identification
+from mini_bhyve import segmentation as seg
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.cpuid import CR4_SUPPORTED, EAX, EBX, ECX, EDX, EFER_SUPPORTED, FEATURES, MAX_BASIC, cpuid
 from mini_bhyve.faults import GuestFault
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
+from mini_bhyve.operands import RAX, RBX, RCX, RDX
 
 EFER_LMA = 1 << 10
 
@@ -94,3 +96,13 @@ def test_what_may_be_set_in_efer_is_what_is_offered():
 def test_a_feature_with_a_switch_has_the_switch_that_the_manual_says(leaf, register, bit, cr4):
     """SDM vol. 3A, 2.5."""
     assert FEATURES[leaf, 0, register][bit].cr4 == 1 << cr4
+
+
+def test_the_instruction_takes_leaf_and_subleaf_from_eax_and_ecx():
+    cpu = processor()
+    cpu.memory.load(0x1000, b"\x0f\xa2")
+    cpu.set_code_segment(seg.real_mode_segment(0x100), 0)
+    cpu.ip = 0
+    cpu.regs[RAX].value, cpu.regs[RCX].value = 7, 0
+    cpu.run(1)
+    assert tuple(cpu.regs[index].value for index in (RAX, RBX, RCX, RDX)) == cpuid(7, 0)
