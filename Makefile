@@ -8,7 +8,7 @@ VENV   := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 IN_VENV = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs bench guests lint clean
+.PHONY: help demo test coverage docs bench guests lint clean
 .NOTPARALLEL:  # two pip must not write into one environment
 .DELETE_ON_ERROR:
 
@@ -21,6 +21,15 @@ demo: $(VENV)/.installed  ## boot a VM, suspend it, restore it, see it go on
 
 test: $(VENV)/.installed-test  ## run the tests
 	$(IN_VENV) -m pytest -n auto
+
+# What proves the instructions, without what needs a VM around them.  In one process: a tracer has to see all of it.
+CPU_TESTS = $(addprefix tests/test_,$(addsuffix .py,core_corners cpuid debug_exceptions fast_calls fpu_state \
+    instructions_against_unicorn long_mode_transfers one_definition privilege restart system_registers task_switch \
+    virtual_8086))
+
+coverage: $(VENV)/.installed-coverage  ## show the lines of the instruction files that the tests of the CPU do not reach
+	$(IN_VENV) -m coverage run -m pytest -q -p no:cacheprovider $(CPU_TESTS)
+	$(IN_VENV) -m coverage report
 
 docs: $(VENV)/.installed-docs  ## build the documentation in docs/_build/html
 	$(IN_VENV) -m sphinx -W --keep-going -b html docs docs/_build/html
@@ -38,7 +47,7 @@ lint: $(VENV)/.installed-lint  ## check style, types, and who imports whom
 
 clean:  ## remove everything made here, the virtual environments too
 	rm -rf .venv .venv-* docs/_build guests/build bench/results.json build *.egg-info
-	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The package is installed in place (--editable), so a change to a .py file is seen at once; only a change to
