@@ -55,26 +55,32 @@ def deliver_fault(cpu: Cpu, fault: GuestFault) -> None:
     Raises TripleFault when even the double fault cannot be delivered.
     """
     first = fault
+    _note_page_fault(cpu, fault)
     cpu.debug.pending = 0  # an instruction that did not happen has no traps either
     if fault.vector != DB:
         cpu.system_flags |= fl.RF  # for what is pushed: it will be started again, past a breakpoint on it (17.3.1.1)
     while True:
         if fault.return_to is not None:
             cpu.ip = fault.return_to
-        if fault.vector == PF:
-            assert fault.address is not None
-            cpu.cr2 = fault.address
-            cpu.forget_page(fault.address)  # so a handler that grants more rights need not say INVLPG
         cpu.next_ip = cpu.ip
         try:
             deliver(cpu, fault.vector, fault.error_code)
         except GuestFault as second:
+            _note_page_fault(cpu, second)
             if fault.vector == DF:
                 raise TripleFault(f"triple fault at {cpu.where()}, which began as {first}") from None
             fault = _combine(fault, second)
         else:
             cpu.ip = cpu.next_ip
             return
+
+
+def _note_page_fault(cpu: Cpu, fault: GuestFault) -> None:
+    """CR2 gets the address of every page fault, even of one that becomes part of a double fault (6.15, interrupt 14)."""
+    if fault.vector == PF:
+        assert fault.address is not None
+        cpu.cr2 = fault.address
+        cpu.forget_page(fault.address)  # so a handler that grants more rights need not say INVLPG
 
 
 def _combine(first: GuestFault, second: GuestFault) -> GuestFault:
