@@ -7,6 +7,7 @@ import random
 import pytest
 from long_mode_guest import (
     CODE,
+    HANDLERS,
     KERNEL_CODE,
     KERNEL_CODE32,
     NOT_CANONICAL,
@@ -21,7 +22,7 @@ from long_mode_guest import (
 from mini_bhyve import flags as fl
 from mini_bhyve import msr
 from mini_bhyve import segmentation as seg
-from mini_bhyve.faults import GP, UD
+from mini_bhyve.faults import DB, GP, UD
 from mini_bhyve.operands import RCX, RDX, RSP
 from mini_bhyve.registers import EFER_LMA, EFER_LME, EFER_SCE
 
@@ -60,6 +61,15 @@ def test_syscall_goes_to_lstar_and_leaves_address_and_flags_in_registers():
     assert cpu.eflags == fl.CF | fl.AC | fl.ALWAYS_ONE
     assert cpu.regs[RSP].value == STACK
     assert (made.selectors["cs"], made.selectors["ss"]) == (0x08, 0x10)
+
+
+@pytest.mark.parametrize("mask, where", [(fl.TF, TARGET), (0, HANDLERS + DB * 16)])
+def test_a_single_stepped_syscall_is_trapped_in_the_kernel_unless_fmask_clears_tf(mask, where):
+    made = guest(SYSCALL, USER_CODE)
+    made.cpu.msrs[msr.FMASK] = mask
+    made.cpu.write_eflags(fl.TF)
+    made.run()
+    assert made.ended_at == where
 
 
 def test_syscall_makes_its_segments_without_a_look_at_the_gdt():

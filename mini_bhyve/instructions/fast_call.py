@@ -18,6 +18,7 @@ from __future__ import annotations
 from mini_bhyve import flags as fl
 from mini_bhyve import msr
 from mini_bhyve import segmentation as seg
+from mini_bhyve.debug import SINGLE_STEP
 from mini_bhyve.faults import general_protection, undefined_opcode
 from mini_bhyve.instructions.definition import instruction
 from mini_bhyve.operands import RCX, RDX, RSP
@@ -56,6 +57,8 @@ def syscall(cpu, encoding):
     cpu.regs[RCX].value = encoding.next_ip
     cpu.regs[R11].value = cpu.eflags & ~fl.RF
     cpu.write_eflags(cpu.eflags & ~cpu.msrs[msr.FMASK])
+    if not cpu.system_flags & fl.TF:
+        cpu.debug.pending &= ~SINGLE_STEP  # so that a kernel that clears TF is not entered with a trap
     selector = cpu.msrs[msr.STAR] >> 32 & 0xFFFF
     _change_level(cpu, 0, selector & ~3, selector + 8, wide=True)
     cpu.next_ip = cpu.msrs[msr.LSTAR]
