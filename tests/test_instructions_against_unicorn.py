@@ -1,249 +1,25 @@
-"""Every instruction, with random operands in random states, on our processor and on Unicorn's.
-
-What is compared is everything there is: registers, flags, memory, ports, and the exception with its error code where
-there is one. What the manual (Intel SDM) leaves undefined is left out, by the tables below; and where Unicorn does
-something else than the manual says, another table names it and the place.
-"""
+"""Every instruction, with random operands in random states, on our processor and on Unicorn's."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import sys
-from typing import Callable, NamedTuple
 
 import pytest
 
 pytest.importorskip("unicorn")
 
-import capstone
 from capstone import x86_const as x86
-from random_instructions import CS, SEGMENTS, Generator, Stem, Unfit, decode, disassembler, forms, opcodes
-from unicorn_tools import CODE, RCX, SIZE, WORLDS, Case, Ours, Outcome, Theirs, Unusable, World
+from comparison import NOT_COMPARED, VEX_INSTRUCTIONS, Comparison
+from random_instructions import Generator, Stem, Unfit, decode, disassembler, forms, opcodes
+from unicorn_tools import CODE, WORLDS, Case, Ours, Theirs, Unusable
 
 from mini_bhyve import flags as fl
-from mini_bhyve.faults import GP, UD
+from mini_bhyve.faults import UD
 from mini_bhyve.instructions import DEFINITIONS
 
 # How many cases: for each instruction, each opcode, and of several instructions in a row. PyPy calls Unicorn slowly.
 CASES_PER_INSTRUCTION, CASES_PER_OPCODE, CHAINS = (25, 6, 500) if sys.implementation.name != "pypy" else (6, 2, 100)
-
-# --- What the manual leaves undefined ---------------------------------------------------------------------------------
-
-ALL = fl.ARITHMETIC
-# SDM vol. 2, "Flags Affected" of each instruction; vol. 1, appendix A, has them all in one table.
-UNDEFINED_FLAGS = {
-    **dict.fromkeys(("aaa", "aas"), fl.OF | fl.SF | fl.ZF | fl.PF),
-    **dict.fromkeys(("aam", "aad"), fl.OF | fl.AF | fl.CF),
-    **dict.fromkeys(("daa", "das"), fl.OF),
-    **dict.fromkeys(("and", "or", "xor", "test"), fl.AF),
-    **dict.fromkeys(("mul", "imul"), fl.SF | fl.ZF | fl.AF | fl.PF),
-    **dict.fromkeys(("div", "idiv"), ALL),
-    **dict.fromkeys(("bt", "bts", "btr", "btc"), fl.OF | fl.SF | fl.AF | fl.PF),
-    **dict.fromkeys(("bsf", "bsr"), ALL & ~fl.ZF),
-    **dict.fromkeys(("tzcnt", "lzcnt"), ALL & ~fl.ZF & ~fl.CF),
-    **dict.fromkeys(("andn", "blsi", "blsmsk", "blsr", "bzhi"), fl.AF | fl.PF),
-    "bextr": fl.AF | fl.SF | fl.PF,
-}
-SHIFTS = ("shl", "sal", "shr", "sar", "shld", "shrd")
-ROTATES = ("rol", "ror", "rcl", "rcr")
-
-
-def shift_count(case: Case, insn: capstone.CsInsn) -> int:
-    width = insn.operands[0].size * 8
-    if insn.opcode[0] in (0xD0, 0xD1):
-        return 1
-    by_cl = insn.opcode[0] in (0xD2, 0xD3) or insn.opcode[:2] in ([0x0F, 0xA5], [0x0F, 0xAD])
-    count = case.registers[RCX] if by_cl else insn.bytes[-1]
-    return count & (0x3F if width == 64 else 0x1F)
-
-
-def undefined_flags(case: Case, insn: capstone.CsInsn) -> int:
-    """The flags that the manual leaves undefined after this instruction with these operands."""
-    name = insn.insn_name()
-    if name not in SHIFTS + ROTATES:
-        return UNDEFINED_FLAGS.get(name, 0)
-    count, width = shift_count(case, insn), insn.operands[0].size * 8
-    undefined = 0
-    if count > 1:
-        undefined |= fl.OF
-    if name in SHIFTS and count:
-        undefined |= fl.AF
-    if name in ("shl", "sal", "shr") and count >= width:
-        undefined |= fl.CF  # nothing is left of the operand
-    if name in ("shld", "shrd") and count > width:
-        undefined |= ALL
-    return undefined
-
-
-# Flags that are not kept alike: RF and the virtual interrupt flags mean nothing to either processor here. RF would be
-# cleared again with the next instruction (vol. 3B, 17.3.1.1), and we never set it; Unicorn never changes VIF and VIP.
-NOT_KEPT = fl.RF | fl.VIF | fl.VIP
-
-
-# --- Where Unicorn is wrong -------------------------------------------------------------------------------------------
-
-
-class Error(NamedTuple):
-    """Something that Unicorn (QEMU 5) does not do as the manual says, and how to tell that this is it."""
-
-    what: str
-    manual: str
-    names: str  # of the instructions concerned; all, if empty
-    applies: Callable[[Case, capstone.CsInsn, Outcome, Outcome], bool] = lambda case, insn, ours, theirs: True
-    fields: str = ""  # in which the outcomes differ then; any, if empty
-
-
-def through_cs(insn: capstone.CsInsn) -> bool:
-    return any(o.type == x86.X86_OP_MEM and SEGMENTS.get(o.mem.segment) == CS for o in insn.operands)
-
-
-def prefixes(case: Case, insn: capstone.CsInsn) -> bytes:
-    return case.code[: case.code.index(insn.opcode[0])]
-
-
-NEAR_BRANCHES = "jmp call ret loop loope loopne jrcxz jecxz jo jno jb jae je jne jbe ja js jns jp jnp jl jge jle jg"
-VEX_INSTRUCTIONS = "andn bextr blsi blsmsk blsr bzhi mulx pdep pext rorx sarx shlx shrx"
-UNICORN_ERRORS = [
-    Error("a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.5", "",
-          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and through_cs(insn)),
-    Error("some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",
-          lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in prefixes(case, insn)),
-    Error("with a 16-bit operand size, all of EBP is changed", "vol. 2A, ENTER", "enter",
-          lambda case, insn, ours, theirs: 0x66 in prefixes(case, insn) or case.world in ("real", "code16"),
-          fields="registers"),
-    Error("F6 /1 and F7 /1 are refused; processors run them as TEST", "AMD vol. 3, table A-6", "test",
-          lambda case, insn, ours, theirs: insn.modrm >> 3 & 7 == 1 and theirs.vector == UD),
-    Error("the number of bytes is taken to be signed", "vol. 2B, RET", "ret retf retfq",
-          lambda case, insn, ours, theirs: case.code[-1] >= 0x80, fields="registers"),
-    Error("the upper half of the register is kept", "vol. 2B, SMSW", "smsw", fields="registers"),
-    Error("with LOCK, the flags are those of the wrong number", "vol. 2B, NEG", "neg",
-          lambda case, insn, ours, theirs: 0xF0 in prefixes(case, insn), fields="flags"),
-    Error("INT 6 is reported as an invalid opcode", "vol. 2A, INT n", "int",
-          lambda case, insn, ours, theirs: ours.vector == theirs.vector == UD, fields="ip"),
-    Error("with a REX prefix, SPL is taken for AH", "vol. 2A, LAHF", "lahf sahf",
-          lambda case, insn, ours, theirs: insn.rex != 0, fields="registers flags"),
-    Error("a 32-bit register that shall not change loses its upper half", "vol. 2A, CMPXCHG", "cmpxchg",
-          lambda case, insn, ours, theirs: WORLDS[case.world].bits == 64 and insn.operands[0].size == 4,
-          fields="registers"),
-    Error("REX.R is taken for a part of the opcode", "vol. 2A, 2.2.1.2", "mov",
-          lambda case, insn, ours, theirs: insn.opcode[0] in (0xC6, 0xC7) and insn.rex & 4 != 0),
-    Error("the privilege level is looked at before the register's number", "vol. 3A, table 6-2", "mov",
-          lambda case, insn, ours, theirs: (ours.vector, theirs.vector) == (UD, GP), fields="vector"),
-    Error("a null selector for SS needs no RPL", "vol. 2B, MOV: #GP unless RPL = CPL", "mov pop lss",
-          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and 0 < theirs.selectors[2] < 4),
-    Error("a null selector is let through", "vol. 2A, LTR: #GP(0)", "ltr",
-          lambda case, insn, ours, theirs: ours.vector == GP and ours.error_code == 0 and theirs.vector is None),
-    Error("a REX.W prefix is ignored, as on AMD's", "vol. 2A, LDS/LES/LFS/LGS/LSS", "lfs lgs lss",
-          lambda case, insn, ours, theirs: insn.rex & 8 != 0),
-    Error("in 64-bit mode a 66 prefix makes a near branch 16 bits wide, as on AMD's", "vol. 2A, CALL, Jcc, JMP, RET",
-          NEAR_BRANCHES, lambda case, insn, ours, theirs: case.world.endswith("64") and 0x66 in prefixes(case, insn)),
-    Error("an offset beyond the limit is noticed late, and reported with the selector", "vol. 2A, CALL", "lcall ljmp",
-          lambda case, insn, ours, theirs: ours.vector == theirs.vector == GP, fields="error_code memory"),
-    Error("real mode is refused before it is asked whether there is such an instruction", "vol. 2B, SYSRET", "sysret",
-          lambda case, insn, ours, theirs: case.world == "real", fields="vector"),
-    Error("there is no such instruction", "vol. 2B, RDPMC", "rdpmc", fields="vector"),
-    Error("a base that is not canonical is taken", "vol. 2A, LGDT/LIDT", "lgdt lidt",
-          lambda case, insn, ours, theirs: WORLDS[case.world].bits == 64 and ours.vector == GP and not theirs.vector),
-    Error("VEX.B and the top bit of VEX.vvvv count in 32-bit mode, too", "vol. 2A, 2.3.5", VEX_INSTRUCTIONS,
-          lambda case, insn, ours, theirs: WORLDS[case.world].bits == 32 and (
-              insn.opcode[1] & 0x20 == 0 or insn.opcode[2] & 0x40 == 0)),
-    Error("VEX is not known in 16-bit protected mode", "vol. 2A, 2.3", VEX_INSTRUCTIONS,
-          lambda case, insn, ours, theirs: case.world == "code16"),
-    Error("a bit number beyond the operand counts as that of the top bit", "vol. 2A, BZHI", "bzhi",
-          lambda case, insn, ours, theirs: ours.flags & fl.CF != 0, fields="registers flags"),
-    Error("in 16-bit code the operand has 32 bits", "vol. 2A, MOVBE; vol. 2B, POPCNT", "movbe popcnt",
-          lambda case, insn, ours, theirs: WORLDS[case.world].bits == 16),
-    Error("66 counts more than F3 or REX.W, and F2 more than F3", "vol. 2A, ADOX; vol. 2B, POPCNT", "adox popcnt",
-          lambda case, insn, ours, theirs: 0x66 in prefixes(case, insn) or 0xF2 in prefixes(case, insn)),
-    Error("the upper half of a 32-bit mask counts", "vol. 2B, PDEP, PEXT", "pdep pext",
-          lambda case, insn, ours, theirs: insn.operands[2].type == x86.X86_OP_REG, fields="registers"),
-    Error("66, F2 and F3 are let through", "vol. 2A, 3.1.1.1: NP", "",
-          lambda case, insn, ours, theirs: ours.vector == UD and insn.opcode[:2] in ([0x0F, 0xAE], [0x0F, 0xC3])),
-    Error("reserved bits of MXCSR may be set", "vol. 2A, FXRSTOR, LDMXCSR: #GP", "fxrstor fxrstor64 ldmxcsr",
-          lambda case, insn, ours, theirs: ours.vector == GP),
-    Error("what is unused is zero or kept, pointers are not saved", "vol. 1, 8.1.10; vol. 2A, FXSAVE",
-          "fnsave fnstenv fxsave fxsave64", fields="memory"),
-    Error("CF is the contrary", "vol. 2A, BLSI: CF is 0 for a source of zero", "blsi", fields="flags"),
-    Error("ports are open to every privilege level", "vol. 1, 19.5.2", "in out insb insw insd outsb outsw outsd",
-          lambda case, insn, ours, theirs: WORLDS[case.world].cpl > 0 and ours.vector == GP),
-]  # fmt: skip
-
-# What is not compared at all.
-NOT_COMPARED = {
-    "cpuid": "says what our processor is, and it is another one than Unicorn's",
-    **dict.fromkeys(("rdtsc", "rdtscp"), "tells our time"),
-    **dict.fromkeys(("rdpid", "stac", "clac"), "is younger than the processor that Unicorn plays here"),
-    **dict.fromkeys(("syscall", "sysenter"), "Unicorn has a hook in its place"),
-    "int1": "Unicorn has none; it is a debug exception (vol. 2A, INT1)",
-}
-
-
-def known_error(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> Error | None:
-    """Which of Unicorn's errors it is, if it is one."""
-    for error in UNICORN_ERRORS:
-        concerned = not error.names or insn.insn_name() in error.names.split()
-        if concerned and error.applies(case, insn, ours, theirs):
-            differing = {name for name, mine, other in zip(Outcome._fields, ours, theirs) if mine != other}
-            if not error.fields or differing <= set(error.fields.split()):
-                return error
-    return None
-
-
-def found_no_bit(case: Case, insn: capstone.CsInsn, ours: Outcome) -> bool:
-    """The source of a bit scan was zero: then the destination is undefined (vol. 2A, BSF)."""
-    return insn.insn_name() in ("bsf", "bsr") and ours.flags & fl.ZF != 0
-
-
-# --- Comparing --------------------------------------------------------------------------------------------------------
-
-
-def differences(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> list[str]:
-    """What is not alike, as far as it is defined."""
-    world, found = WORLDS[case.world], []
-    for field in ("vector", "error_code", "ip", "selectors", "controls", "ports"):
-        if getattr(ours, field) != getattr(theirs, field):
-            found.append(f"{field}: {getattr(ours, field)}, not {getattr(theirs, field)}")
-    # Outside 64-bit mode nothing is said of the upper halves (vol. 1, 3.4.1.1).
-    left_64bit = world.bits == 64 and ours.selectors[CS] & ~3 != world.selectors[CS]
-    mask = 0xFFFFFFFF if left_64bit or found_no_bit(case, insn, ours) else -1
-    for index, (mine, other) in enumerate(zip(ours.registers, theirs.registers)):
-        if (mine ^ other) & mask:
-            found.append(f"register {index}: {mine:#x}, not {other:#x}")
-    compared = ~NOT_KEPT & ~(undefined_flags(case, insn) if ours.vector is None else 0)
-    if (ours.flags ^ theirs.flags) & compared:
-        found.append(f"flags: {ours.flags & compared:#x}, not {theirs.flags & compared:#x}")
-    if ours.memory != theirs.memory:
-        places = [place for place in range(SIZE) if ours.memory[place] != theirs.memory[place]]
-        found.append(
-            "memory: " + ", ".join(f"{ours.memory[p]:02x} at {p:x}, not {theirs.memory[p]:02x}" for p in places[:8])
-        )
-    return found
-
-
-class Comparison:
-    """Both processors in one world, and what has come out so far."""
-
-    def __init__(self, world: World):
-        self.ours, self.theirs = Ours(world), Theirs(world)
-        self.compared: collections.Counter[int] = collections.Counter()  # by capstone's number of the instruction
-        self.completed: collections.Counter[int] = collections.Counter()  # and those that raised no exception
-        self.failures: list[str] = []
-
-    def run(self, case: Case, insn: capstone.CsInsn) -> None:
-        if insn.insn_name() in NOT_COMPARED or insn.id not in DEFINITIONS:
-            return
-        try:
-            theirs = self.theirs.run(case)
-        except Unusable:
-            return
-        ours = self.ours.run(case)
-        found = differences(case, insn, ours, theirs)
-        if found and not known_error(case, insn, ours, theirs):
-            self.failures.append(f"{insn.mnemonic} {insn.op_str}: {'; '.join(found)}\n    {case!r}")
-        self.compared[insn.id] += 1
-        self.completed[insn.id] += ours.vector is None
-
 
 # What never gets through, and where: there its exception alone is compared.
 ALWAYS_FAULT = {
