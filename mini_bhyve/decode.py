@@ -149,6 +149,7 @@ _HINTS = bytes([0x0D, *range(0x18, 0x20)])  # 0F 0D, 0F 18 to 1F: NOP, with any 
 _NOP_WITH_MODRM = 0x1F
 _FENCES = range(0xE8, 0x100)  # ModRM of 0F AE; bits 2-0 are ignored (vol. 2A, LFENCE)
 _MOVSXD, _MOV = 0x63, 0x8B  # the same in 64-bit mode, if nothing is to be extended, that is, without REX.W
+_ADX = b"\x0f\x38\xf6"  # behind 66 ADCX, which capstone does not know in 16-bit code; behind F3 ADOX, which it does
 # Behind these an F2 or F3 is idle: MOVSXD and NOP; behind 0F, Jcc and BSF.
 _IDLE_REPEAT, _IDLE_REPEAT_0F = bytes([_MOVSXD, 0x90]), bytes([*range(0x80, 0x90), 0xBC, 0xBD])
 
@@ -167,6 +168,8 @@ def respell(window: bytes, prefixes: Prefixes, mode: Mode) -> bytes | None:
         return legacy + bytes([first, second, modrm & ~7]) + behind
     if first == _MOVSXD and mode.code_size == 64 and not prefixes.rex & _REX_W:
         return plain + bytes([_MOV]) + window[prefixes.length + 1 :]
+    if mode.code_size == 16 and window[prefixes.length :].startswith(_ADX) and prefixes.operand_size:
+        return legacy.replace(bytes([_OPERAND_SIZE]), bytes([_REP])) + window[prefixes.length :]
     idle = first in _IDLE_REPEAT if first != 0x0F else second in _IDLE_REPEAT_0F
     return plain + window[prefixes.length :] if idle else None
 
@@ -236,6 +239,8 @@ class Decoder:
         # capstone tells a far jump or call through memory from a near one only in some operand sizes.
         if insn.opcode[0] == 0xFF:
             number = _FAR_THROUGH_MEMORY.get(insn.modrm >> 3 & 7, number)
+        if number == x86.X86_INS_ADOX and not prefixes.repeat:
+            number = x86.X86_INS_ADCX  # (see `respell`)
         encoding = encode(insn, number, prefixes, mode)
         definition = DEFINITIONS.get(number)
         if definition is None or not all(map(_known, insn.operands)):
