@@ -231,6 +231,19 @@ def test_sysenter_and_sysexit_in_protected_mode_are_of_32_bits():
     assert (made.selectors["cs"], made.selectors["ss"]) == (0x113, 0x11B)
 
 
+def test_sysenter_is_a_way_out_of_virtual_8086_mode():
+    made = protected_mode_guest(SYSENTER)
+    cpu = made.cpu
+    cpu.write_eflags(fl.VM | fl.IF | fl.CF)
+    cpu.segments = [seg.virtual_8086_segment(0) for _ in range(6)]
+    cpu.cpl = 3
+    cpu.update_mode()
+    made.step()
+    assert (cpu.ip, cpu.regs[RSP].value, cpu.cpl, cpu.code_size) == (TARGET, STACK - 0x100, 0, 32)
+    assert cpu.eflags == fl.CF | fl.ALWAYS_ONE
+    assert (made.selectors["cs"], made.selectors["ss"]) == (0x100, 0x108)
+
+
 @pytest.mark.parametrize("instruction", [SYSENTER, SYSEXIT])
 def test_sysenter_and_sysexit_are_refused_in_real_mode(instruction):
     made = protected_mode_guest(instruction)
