@@ -76,7 +76,7 @@ def deliver_fault(cpu: Cpu, fault: GuestFault) -> None:
 
 
 def _note_page_fault(cpu: Cpu, fault: GuestFault) -> None:
-    """CR2 gets the address of every page fault, even of one that becomes part of a double fault (6.15, interrupt 14)."""
+    """CR2 gets the address of every page fault, even of one that makes a double fault (6.15, interrupt 14)."""
     if fault.vector == PF:
         assert fault.address is not None
         cpu.cr2 = fault.address

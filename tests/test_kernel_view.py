@@ -199,8 +199,9 @@ def on_qemu(binary: bytes, directory: Path) -> str:
     rom, monitor = directory / "rom", directory / "monitor"
     rom.write_bytes(make_rom(binary))
     # All that QEMU can do, as Intel does it; without a local APIC, so that the 8259As are wired to the processor.
-    command = [program, "-cpu", "max,vendor=GenuineIntel,-apic", "-accel", "tcg", "-m", "64", "-nodefaults", "-display", "none"]
-    command += ["-serial", "stdio", "-monitor", f"unix:{monitor},server=on,wait=off", "-no-reboot", "-bios", str(rom)]
+    command = [program, "-cpu", "max,vendor=GenuineIntel,-apic", "-accel", "tcg", "-m", "64", "-nodefaults"]
+    command += ["-monitor", f"unix:{monitor},server=on,wait=off", "-serial", "stdio", "-display", "none"]
+    command += ["-no-reboot", "-bios", str(rom)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
     deadline, output = time.monotonic() + PATIENCE, b""
