@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Where the bytes lie (one offset in RAM for each page), how many there are, the instruction pointer, and the mode.
 Key = tuple[tuple[Optional[int], ...], int, int, Mode]
 
+MAX_BLOCKS = 1 << 16  # kept at a time: a guest may run more code than the host has memory for, decoded
+
 
 class CodeFrame:
     """A page of RAM that holds decoded code: the blocks made from it, and a 1 for each byte that belongs to one."""
@@ -78,11 +80,11 @@ class CodeCache:
         physical = cpu.mmu.translate(linear, FETCH | cpu.user_access)
         code = cpu.memory.read(physical, min(PAGE_SIZE - (physical & PAGE_SIZE - 1), within_limit))
         block = self.block_at((cpu.memory.ram_offset(physical),), code, 0)
-        if block is None:
+        if block is None and within_limit > len(code):
             # Not even one instruction on this page: it runs on into the next one, wherever that is.
             next_page = cpu.mmu.translate((linear + len(code)) & cpu.linear_mask, FETCH | cpu.user_access)
             places = cpu.memory.ram_offset(physical), cpu.memory.ram_offset(next_page)
-            more = cpu.memory.read(next_page, max(0, min(MAX_INSTRUCTION, within_limit - len(code))))
+            more = cpu.memory.read(next_page, min(MAX_INSTRUCTION, within_limit - len(code)))
             block = self.block_at(places, code + more, len(code))
         if block is None:
             raise general_protection()  # it crosses the segment's limit
@@ -106,6 +108,8 @@ class CodeCache:
         ranges = [(start, start + length) for start, length in zip(places, lengths) if start is not None]
         block = Block(steps, ips, ranges)
         if len(ranges) == len(places):
+            if len(self.by_place) >= MAX_BLOCKS:
+                self.drop_all()
             self.by_place[key] = block
             for start, _ in ranges:
                 self.watch(start >> 12, key, block)
@@ -117,6 +121,11 @@ class CodeCache:
             self.cpu.mmu.code_frames[frame] = CodeFrame()
             self.cpu.mmu.watch_frame(frame)
         self.cpu.mmu.code_frames[frame].add(frame, key, block)
+
+    def drop_all(self) -> None:
+        """Begin anew."""
+        for frame in list(self.cpu.mmu.code_frames):
+            self.drop(frame << 12, PAGE_SIZE)
 
     def drop(self, offset: int, length: int) -> None:
         """RAM is about to be written, within one page: drop the blocks that were made from these bytes."""

@@ -8,10 +8,12 @@ import threading
 
 import pytest
 
+from mini_bhyve import code_cache
 from mini_bhyve import segmentation as seg
 from mini_bhyve.config import Config
 from mini_bhyve.console import ScriptedConsole
 from mini_bhyve.cpu import Cpu
+from mini_bhyve.faults import GP, PF, GuestFault
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.machine import ExitCode, Machine
 from mini_bhyve.memory import GuestMemory
@@ -134,6 +136,26 @@ def test_an_instruction_beyond_the_limit_of_cs_is_not_run():
     cpu.ip = CODE
     run_to_halt(cpu)
     assert cpu.regs[RAX].value == 9
+
+
+def test_an_instruction_that_crosses_the_limit_of_cs_does_not_touch_the_page_behind_it():
+    cpu = paged_cpu("", table_entry=0x200003)
+    cpu.memory.load(0x200FFF, b"\x05")  # the first byte of ADD EAX, constant; the next page is not there
+    code = cpu.segments[seg.CS]
+    for limit, vector in ((PAGE + 0xFFF, GP), (PAGE + 0x1000, PF)):
+        cpu.segments[seg.CS] = seg.Segment(8, 0, limit, code.access)
+        cpu.ip = PAGE + 0xFFF
+        with pytest.raises(GuestFault) as caught:
+            cpu.code_cache.find()
+        assert caught.value.vector == vector
+
+
+def test_decoded_code_does_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(code_cache, "MAX_BLOCKS", 8)
+    cpu = real_mode_cpu(b"\x40\xeb\0" * 50 + b"\xf4")  # inc ax; jmp to the next: a block each
+    run_to_halt(cpu)
+    assert cpu.regs[RAX].value == 50
+    assert 0 < len(cpu.code_cache.by_place) <= 8
 
 
 def test_an_error_code_tells_exceptions_from_what_the_program_asked_for():

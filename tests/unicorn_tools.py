@@ -212,8 +212,7 @@ class Ours:
     def begin(self, case: Case) -> None:
         """Take on the state before the case."""
         cpu = self.cpu
-        for frame in list(cpu.mmu.code_frames):
-            cpu.code_cache.drop(frame << 12, 1 << 12)
+        cpu.code_cache.drop_all()
         self.memory.bytes8[:SIZE] = usual_memory()
         for address, data in case.memory:
             self.memory.load(address, data)
@@ -294,15 +293,14 @@ class Ports:
 class Theirs:
     """Unicorn in one of the worlds."""
 
-    # (This model has all integer instructions that ours has, and more.)
-    def __init__(self, world: World, model: int = uc.UC_CPU_X86_SKYLAKE_SERVER):
+    def __init__(self, world: World):
         self.world = world
         self.port_device = Ports()
         self.ram = mmap.mmap(-1, SIZE)
         self.address = ctypes.addressof((ctypes.c_char * SIZE).from_buffer(self.ram))
         mode = {16: unicorn.UC_MODE_16, 32: unicorn.UC_MODE_32, 64: unicorn.UC_MODE_64}
         self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, mode[16 if world.real else max(world.bits, 32)])
-        self.uc.ctl_set_cpu_model(model)
+        self.uc.ctl_set_cpu_model(uc.UC_CPU_X86_SKYLAKE_SERVER)  # has all that ours has, and more
         self.uc.mem_map_ptr(0, SIZE, unicorn.UC_PROT_ALL, self.address)
         self.ram[:] = usual_memory()
         self.vectors: list[int] = []
