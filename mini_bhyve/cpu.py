@@ -67,9 +67,9 @@ class Cpu:
     """One x86-64 processor, as after power-on: real mode, at the reset vector."""
 
     __slots__ = (
-        "_system_flags", "acknowledge_interrupt", "attention", "bytes8", "clock", "code", "code_cache", "code_size",
-        "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer", "flags", "flat_stack", "fpu", "gdtr_base",
-        "gdtr_limit", "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "ldtr",
+        "_system_flags", "acknowledge_interrupt", "attention", "bytes8", "clock", "code", "code_cache", "code_limit",
+        "code_size", "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer", "flags", "flat_stack", "fpu",
+        "gdtr_base", "gdtr_limit", "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip", "ldtr",
         "linear_mask", "long_mode", "memory", "mmu", "mode", "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports",
         "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "tell_absent", "tr", "traps_from",
         "tsc_offset", "user_access", "words16", "words32", "words64", "write_tlb",
@@ -193,11 +193,13 @@ class Cpu:
         self.long_mode = self.efer & EFER_LMA != 0
         if self.long_mode and cs.access & seg.LONG:
             self.code_size, self.stack_mask, flat, code_base = 64, MASKS[64], True, 0
+            self.code_limit = MASKS[64]
         else:
             self.code_size = 32 if cs.access & seg.BIG else 16
             self.stack_mask = 0xFFFFFFFF if ss.access & seg.BIG else 0xFFFF
             flat = ss.flat and self.segments[seg.DS].flat and self.segments[seg.ES].flat
             code_base = cs.base
+            self.code_limit = cs.last
         register_width = 64 if self.code_size == 64 else 32
         if self.regs[RAX].width != register_width:
             for register in self.regs[:8]:  # (SDM vol. 1, 3.4.1.1)
@@ -641,9 +643,16 @@ class Cpu:
     # --- Control flow -----------------------------------------------------------------------------------------------
 
     def branch(self, taken, target: int) -> None:
-        """Go on at `target` (an offset in the code segment) if `taken`."""
+        """Go on at `target` (an offset in the code segment) if `taken`; #GP, at the jump, if it is beyond the limit."""
         if taken:
+            if target > self.code_limit:
+                raise general_protection()
             self.next_ip = target
+
+    def check_target(self, target: int) -> None:
+        """#GP if no code can be at `target`: also if that is not canonical, as what a jump computes may be."""
+        if target > self.code_limit or (self.code_size == 64 and not is_canonical(target)):
+            raise general_protection()
 
     def halt(self) -> None:
         """HLT: nothing is executed until an interrupt comes."""

@@ -170,13 +170,15 @@ def _deliver_real(cpu: Cpu, vector: int) -> None:
     if vector * 4 + 3 > cpu.idtr_limit:
         raise general_protection()
     pointer = cpu.load_system(cpu.idtr_base + vector * 4, 32)
+    code, offset = real_mode_code_segment(cpu, pointer >> 16), pointer & 0xFFFF
+    seg.check_offset(cpu, code, offset)
     stack = NewStack(cpu, cpu.segments[seg.SS_], cpu.regs[RSP].value, cpu.cpl)
     for value in (cpu.eflags, cpu.segments[seg.CS].selector, cpu.next_ip):
         stack.push(value, 16)
     stack.commit()
     cpu.system_flags &= ~(fl.IF | fl.TF | fl.AC | fl.RF)
-    cpu.set_code_segment(real_mode_code_segment(cpu, pointer >> 16), 0)
-    cpu.next_ip = pointer & 0xFFFF
+    cpu.set_code_segment(code, 0)
+    cpu.next_ip = offset
 
 
 def _enter_handler(cpu: Cpu, selector: int, offset: int, width: int, error_code: int | None, ist: int) -> None:

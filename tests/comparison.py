@@ -18,6 +18,7 @@ from unicorn_tools import RCX, SIZE, WORLDS, Case, Ours, Outcome, Theirs, Unusab
 from mini_bhyve import flags as fl
 from mini_bhyve.faults import GP, UD
 from mini_bhyve.instructions import DEFINITIONS
+from mini_bhyve.paging import is_canonical
 
 # --- What the manual leaves undefined ---------------------------------------------------------------------------------
 
@@ -96,6 +97,10 @@ def prefixes(case: Case, insn: capstone.CsInsn) -> bytes:
 NEAR_BRANCHES = "jmp call ret loop loope loopne jrcxz jecxz jo jno jb jae je jne jbe ja js jns jp jnp jl jge jle jg"
 VEX_INSTRUCTIONS = "andn bextr blsi blsmsk blsr bzhi mulx pdep pext rorx sarx shlx shrx"
 UNICORN_ERRORS = [
+    Error("a jump beyond the limit, or to an address that is not canonical, faults only where it leads to",
+          "vol. 2A, Jcc, JMP, CALL; vol. 2B, RET: #GP(0)", NEAR_BRANCHES,
+          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None
+          and (theirs.ip > 0xFFFF if WORLDS[case.world].bits == 16 else not is_canonical(theirs.ip))),
     Error("a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.5", "",
           lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and through_cs(insn)),
     Error("some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",

@@ -437,6 +437,11 @@ class Generator:
         value = self.random.getrandbits(16 if self.random.random() < 0.7 else 18)
         return [(self.place(insn, registers) + distance, value.to_bytes(4, "little"))]
 
+    def near_return(self, insn: capstone.CsInsn, code: bytearray, registers: list[int]) -> list[tuple[int, bytes]]:
+        """RET: more often than chance would have it, the address is canonical."""
+        target = self.number() if self.random.random() < 0.3 else self.random.getrandbits(47)
+        return [(self.stack(registers), target.to_bytes(8, "little"))] if self.wide else []
+
     def far_return(self, insn: capstone.CsInsn, code: bytearray, registers: list[int]) -> list[tuple[int, bytes]]:
         """RETF and IRET: a frame that makes sense, or nearly."""
         size = self.operand_width(insn) // 8
@@ -487,6 +492,7 @@ PREPARATIONS: dict[str, Preparation] = {
     **dict.fromkeys(("ldmxcsr", "fxrstor", "fxrstor64"), Generator.mxcsr),
     "pop": Generator.pop_segment,
     **dict.fromkeys(("lds", "les", "lfs", "lgs", "lss", "ljmp", "lcall", "jmp", "call"), Generator.far_pointer),
+    "ret": Generator.near_return,
     **dict.fromkeys(("retf", "retfq", "iret", "iretd", "iretq"), Generator.far_return),
     **dict.fromkeys(("rdmsr", "wrmsr"), Generator.model_specific),
 }

@@ -50,6 +50,32 @@ def test_real_mode_code_may_store_through_cs():
     assert cpu.memory.read(0x2000, 2) == b"\x34\x12"
 
 
+@pytest.mark.parametrize(
+    "before, jump",
+    [
+        ("", "66 e9 00000100"),  # jmp beyond 64 KiB
+        ("", "66 e8 00000100"),  # call
+        ("66 b8 00000100", "66 ffe0"),  # mov eax, 10000h; jmp eax
+        ("66 68 00000100", "66 c3"),  # push dword 10000h; ret
+        ("66 68 00000100", "66 c2 0800"),  # ret 8
+        ("b9 0500", "66 e2 80"),  # mov cx, 5; loop, to below 0
+        ("0c01", "66 7580"),  # or al, 1; jnz
+    ],
+)
+def test_a_jump_beyond_the_limit_is_a_fault_of_the_jump_and_nothing_has_changed(before, jump):
+    setup = bytes.fromhex(before)
+    cpu = real_mode_cpu(setup + bytes.fromhex(jump))
+    cpu.set_code_segment(seg.real_mode_segment(CODE >> 4), 0)
+    cpu.ip = 0
+    if setup:
+        cpu.run(1)
+    registers = [register.value for register in cpu.regs]
+    run_to_halt(cpu)
+    assert cpu.peek(0, 16) == len(setup)  # where the handler would return to
+    registers[RSP] -= 6
+    assert [register.value for register in cpu.regs] == registers
+
+
 @pytest.mark.parametrize("slice_of", [1, 2, 3, 1000])
 def test_a_rep_that_overwrites_itself_counts_the_same_in_any_slices(slice_of):
     # mov cx, 8; mov di, 1009h; mov al, F4h; rep stosb: the last writes HLT over itself and what follows it

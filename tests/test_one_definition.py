@@ -76,7 +76,8 @@ class SymbolicCpu:
     def accumulator(self, width: int) -> op.Operand:
         return op.general_register(self.regs[0], width)
 
-    load_stack = store_stack = peek = pop = push = move_stack_pointer = branch = load_segment_memory = symbol
+    load_stack = store_stack = peek = pop = push = move_stack_pointer = load_segment_memory = symbol
+    branch = check_target = symbol
 
 
 def register(width: int) -> op.Register:

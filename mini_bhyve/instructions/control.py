@@ -7,12 +7,15 @@ from mini_bhyve import interrupts
 from mini_bhyve.far_transfer import far_call, far_jump, far_return
 from mini_bhyve.faults import BP, BR, DB, OF, GuestFault, general_protection, undefined_opcode
 from mini_bhyve.instructions.definition import instruction, signed
-from mini_bhyve.operands import RCX
+from mini_bhyve.operands import RCX, Immediate
 
 
 @instruction("jmp", ends_block=True)
 def jmp(cpu, target):
-    cpu.branch(True, target.value)
+    destination = target.value
+    if not isinstance(target, Immediate):
+        cpu.check_target(destination)
+    cpu.branch(True, destination)
 
 
 def _define_jump(condition_name, condition):
@@ -29,6 +32,7 @@ for _name, _condition in fl.CONDITIONS.items():
 @instruction("call", encoded=True, ends_block=True)
 def call(cpu, encoding, target):
     destination = target.value
+    cpu.check_target(destination)
     cpu.push(encoding.next_ip, encoding.stack_width)
     cpu.branch(True, destination)
 
@@ -36,9 +40,11 @@ def call(cpu, encoding, target):
 @instruction("ret", encoded=True, ends_block=True)
 def ret(cpu, encoding, released=None):
     """RET: to the address on the stack; `released` bytes of arguments above it go as well."""
-    cpu.branch(True, cpu.pop(encoding.stack_width))
-    if released is not None:
-        cpu.move_stack_pointer(released.value)
+    width = encoding.stack_width
+    destination = cpu.peek(0, width)
+    cpu.check_target(destination)
+    cpu.move_stack_pointer(width // 8 + (released.value if released else 0))
+    cpu.branch(True, destination)
 
 
 # --- Loops ----------------------------------------------------------------------------------------------------------
@@ -57,8 +63,8 @@ def _define_loop(name, goes_on):
         mask = (1 << width) - 1
         count = (cpu.regs[RCX].value - 1) & mask
         keep = cpu.regs[RCX].value & ~mask if width == 16 else 0
-        cpu.regs[RCX].value = keep | count
         cpu.branch((count != 0) & goes_on(cpu), target.value)
+        cpu.regs[RCX].value = keep | count
 
 
 _define_loop("loop", lambda cpu: True)
