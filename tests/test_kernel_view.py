@@ -37,6 +37,8 @@ PLEASE_NMI = "please: nmi\n"
 
 NO_LIMITS = "QEMU's translated code does not look at segment limits, nor whether a segment is null"
 NO_EXT = "QEMU leaves EXT out when delivering an exception fails (SDM vol. 3A, 6.13)"
+NO_AC = "QEMU's translated code does not check alignment"
+RESERVED_ALONE = "QEMU's error code has RSVD without P (vol. 3A, 4.7)"
 FOUND_LATE = "QEMU finds out when it fetches the first instruction there"
 VECTOR_TIMES_16 = "QEMU's error code has the vector times 16, not 8 (6.13)"
 NOT_SS = "QEMU does not raise #SS for a stack segment that is not present"
@@ -77,6 +79,23 @@ ON_QEMU = {
     },
     "debug_ports": {
         "INS and OUTS are watched turn by turn": "QEMU stops at the end of the REP (17.3.1.2)",
+    },
+    "protection": {
+        "With CR0.AM and EFLAGS.AC what is not aligned is #AC(0) at level 3": NO_AC,
+        "The stack counts as well": NO_AC,
+        "It is the linear address that counts": NO_AC,
+        "FXRSTOR refuses reserved bits of MXCSR: #GP(0)": "QEMU takes them (vol. 2A, FXRSTOR)",
+    },
+    "page_rights": {
+        "A reserved bit in it is told of": RESERVED_ALONE,
+        "STAC does not help the processor's own accesses": "QEMU lets it help them (4.6.1)",
+    },
+    "page_rights64": {
+        "Without EFER.NXE the bit is reserved, and an error code does not tell fetches": RESERVED_ALONE,
+        "A bit above the physical address is reserved": RESERVED_ALONE,
+        "The size bit is, in the topmost table": RESERVED_ALONE,
+        "Its low address bits are reserved": RESERVED_ALONE,
+        "A page of 2 MB, and its low address bits": RESERVED_ALONE,
     },
     "double_faults": {
         "Benign, then contributory: the second is delivered": NO_EXT,
