@@ -10,6 +10,7 @@ says how; mini-bhyve has no such table.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
@@ -32,8 +33,8 @@ SOURCES = Path(__file__).resolve().parent / "kernel_view"
 TOPICS = sorted(path.stem for path in SOURCES.glob("*.s"))
 LONG_MODE = {topic for topic in TOPICS if '.include "base64.inc"' in (SOURCES / f"{topic}.s").read_text()}
 
-# A guest that cannot do something by itself asks for it with this line, and goes on when a key is pressed.
-PLEASE_NMI = "please: nmi\n"
+# A guest that cannot do something by itself asks for it with a line: an NMI, perhaps with a key once it has been sent.
+PLEASE_NMI, PLEASE_NMI_AND_KEY = b"please: nmi\n", b"please: nmi and key\n"
 
 NO_LIMITS = "QEMU's translated code does not look at segment limits, nor whether a segment is null"
 NO_EXT = "QEMU leaves EXT out when delivering an exception fails (SDM vol. 3A, 6.13)"
@@ -126,9 +127,6 @@ ON_QEMU = {
         "The bases of FS and GS must be canonical: #GP(0)": "QEMU takes anything (vol. 2B, WRMSR)",
         "At an address that is canonical: #GP(0)": FOUND_LATE,
     },
-    "nmi64": {
-        "Another one waits *": "QEMU looks for it some instructions after the IRET",
-    },
     "tasks": {
         "A task gate must not lead to the LDT": "QEMU raises #TS (SDM vol. 3A, table 7-1)",
         "A new task's *": "QEMU saves an EIP from the old task when the new one cannot begin (7.3)",
@@ -204,9 +202,10 @@ class Operator(ScriptedConsole):
 
     def write(self, data: bytes) -> None:
         super().write(data)
-        if self.output.endswith(PLEASE_NMI.encode("ascii")):
+        if self.output.endswith((PLEASE_NMI, PLEASE_NMI_AND_KEY)):
             self.machine.cpu.nmi_pending = True
             self.machine.kick()
+        if self.output.endswith(PLEASE_NMI_AND_KEY):
             self.input += b"\r"
 
 
@@ -215,11 +214,11 @@ def on_qemu(binary: bytes, directory: Path) -> str:
     program = "qemu-system-x86_64"
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
-    rom, monitor = directory / "rom", directory / "monitor"
+    rom, monitor = directory / "rom", None
     rom.write_bytes(make_rom(binary))
     # All that QEMU can do, as Intel does it; without a local APIC, so that the 8259As are wired to the processor.
     command = [program, "-cpu", "max,vendor=GenuineIntel,-apic", "-accel", "tcg", "-m", "64", "-nodefaults"]
-    command += ["-monitor", f"unix:{monitor},server=on,wait=off", "-serial", "stdio", "-display", "none"]
+    command += ["-qmp", f"unix:{directory / 'qmp'},server=on,wait=off", "-serial", "stdio", "-display", "none"]
     command += ["-no-reboot", "-bios", str(rom)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
@@ -232,24 +231,39 @@ def on_qemu(binary: bytes, directory: Path) -> str:
                 assert ready, f"the guest does not end: {output!r}"
                 return output.decode("ascii")
             output += data
-            if output.endswith(PLEASE_NMI.encode("ascii")):
-                ask_monitor(monitor, "nmi")
+            if output.endswith((PLEASE_NMI, PLEASE_NMI_AND_KEY)):
+                monitor = monitor or Monitor(directory / "qmp")
+                monitor.execute("inject-nmi")
+            if output.endswith(PLEASE_NMI_AND_KEY):
                 process.stdin.write(b"\r")
                 process.stdin.flush()
     finally:
+        if monitor:
+            monitor.close()
         process.kill()
         process.communicate()
 
 
-def ask_monitor(path: Path, command: str) -> None:
-    """Give a command to QEMU's monitor, and wait until it has been carried out: until the next prompt."""
-    with socket.socket(socket.AF_UNIX) as monitor:
-        monitor.settimeout(PATIENCE)
-        monitor.connect(str(path))
-        monitor.sendall(f"{command}\n".encode("ascii"))
-        answer = b""
-        while answer.count(b"(qemu) ") < 2:
-            answer += monitor.recv(4096)
+class Monitor:
+    """A connection to QEMU's monitor, which speaks QMP: a line of JSON each way."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(PATIENCE)
+        self.socket.connect(str(path))
+        self.answers = self.socket.makefile("r", encoding="utf-8")
+        assert "QMP" in json.loads(self.answers.readline())
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str) -> None:
+        """Give a command, and wait until QEMU says that it has been carried out."""
+        self.socket.sendall(json.dumps({"execute": command}).encode("utf-8"))
+        while "return" not in (answer := json.loads(self.answers.readline())):
+            assert "event" in answer, answer
+
+    def close(self) -> None:
+        self.answers.close()
+        self.socket.close()
 
 
 # --- The account a guest gives of itself ------------------------------------------------------------------------------

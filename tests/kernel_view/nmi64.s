@@ -2,8 +2,8 @@
 #
 # Mirrors: Intel SDM volume 3A, sections 6.7 "Nonmaskable interrupt (NMI)" and 6.7.1 "Handling multiple NMIs".
 #
-# Nothing in the machine makes an NMI at a program's wish, so each one is asked for (`please`), and whoever runs the
-# guest sends it and then presses a key.
+# Nothing in the machine makes an NMI at a program's wish, so each one is asked for: whoever runs the guest sends it. Of
+# one that has to wait nothing can be seen, so there a key is pressed when it has been sent.
 
 .include "base64.inc"
 
@@ -51,19 +51,36 @@ do_nothing:
         ret
 
 ask_for_another:
-        please  "nmi"
+        call    wait_for_nmi_and_key
         mov     rax, [count]
         mov     [during], rax
         ret
 
 ask_for_another_and_return_from_something:
-        please  "nmi"
+        call    wait_for_nmi_and_key
         int     RETURNS
         mov     eax, 1000               # some time to notice
 1:      dec     eax
         jnz     1b
         mov     rax, [count]
         mov     [during], rax
+        ret
+
+# Both change RAX, RDX, RSI.
+wait_for_nmi:
+        say     "please: nmi\n"
+1:      cmp     qword ptr [count], 0
+        je      1b
+        ret
+
+wait_for_nmi_and_key:
+        say     "please: nmi and key\n"
+        mov     dx, UART_LSR
+1:      in      al, dx
+        test    al, LSR_DATA_READY
+        jz      1b
+        mov     dx, UART_DATA
+        in      al, dx
         ret
 
 .macro begin what
@@ -79,7 +96,7 @@ main:
         experiment "An NMI comes though IF be 0, on the stack that its gate names"
         begin   do_nothing
         attempt
-        please  "nmi"
+        call    wait_for_nmi
         caught  NOTHING
         check   "NMIs", [count], 1
         check   "stack", [stacks], "offset ist1_stack_top - 40"
@@ -87,7 +104,7 @@ main:
         experiment "Another one waits until the handler has ended with IRET, and then comes at once"
         begin   ask_for_another
         attempt
-        please  "nmi"
+        call    wait_for_nmi
         caught  NOTHING
         check   "NMIs before the IRET", [during], 1
         check   "NMIs after it", [count], 2
@@ -99,7 +116,7 @@ main:
         mov     byte ptr [idt + 16 * NMI + 4], 0        # the second would overwrite the first one's frame
         begin   ask_for_another_and_return_from_something
         attempt
-        please  "nmi"
+        call    wait_for_nmi
         caught  NOTHING
         check   "NMIs before the first one's IRET", [during], 2
         check   "NMIs after it", [count], 2
@@ -108,7 +125,7 @@ main:
         experiment "Two that come while one is handled are one"
         begin   ask_for_two_more
         attempt
-        please  "nmi"
+        call    wait_for_nmi
         caught  NOTHING
         check   "NMIs before the IRET", [during], 1
         check   "NMIs after it", [count], 2
@@ -116,8 +133,8 @@ main:
         jmp     finish
 
 ask_for_two_more:
-        please  "nmi"
-        please  "nmi"
+        call    wait_for_nmi_and_key
+        call    wait_for_nmi_and_key
         mov     rax, [count]
         mov     [during], rax
         ret

@@ -1,6 +1,6 @@
 # page_rights64.s: no execute, reserved bits, and pages of 2 MB and 1 GB.
 #
-# Mirrors: Intel SDM volume 3A, sections 4.5 "4-level paging", 4.6.1 "Determination of access rights" and 4.7 "Page-fault
+# Mirrors: Intel SDM volume 3A, sections 4.5 "4-level paging", 4.6.1 "Determination of access rights", 4.7 "Page-fault
 # exceptions".
 #
 # The page at `here` is the first of a table of its own; it leads to the frame `frame`.

@@ -315,13 +315,7 @@ switch_fpu:
 1:      fxrstor [fpu_state]
         caught  GP, error=0, eip=1b
 
-# ---- control registers ----------------------------------------------------------------------------------------------
-
-        experiment "CR4 takes no bits that there are not"
-        mov     ecx, 1 << 31
-        attempt
-1:      mov     cr4, ecx
-        caught  GP, error=0, eip=1b
+# ---- privileged instructions ----------------------------------------------------------------------------------------
 
         experiment "Control registers and the like are for level 0"
         forbidden mov eax, cr0
