@@ -59,6 +59,7 @@ ON_QEMU = {
         "The code behind a gate must be present: #NP with the code": "QEMU raises #GP for a JMP (vol. 2A, JMP)",
         "The code behind a gate must reach to the gate's offset": NO_LIMITS,
         "An offset beyond the segment is #GP(0), before anything has been pushed": "QEMU gives the selector (vol. 2A)",
+        "So is a near one, at the jump, call or return": NO_LIMITS,
         "A segment taken away is null: its use is #GP(0)": NO_LIMITS,
         "A return does not go beyond the end of its segment": NO_LIMITS,
         "A stack segment returned to must be present: #SS with it": NOT_SS + " but #NP (vol. 2B, RET)",
@@ -117,6 +118,7 @@ ON_QEMU = {
         "CS must not be of both sizes": "QEMU does not look (vol. 2A, IRET)",
         "RSP that is not canonical is found out when it is used: #SS(0)": "QEMU raises #GP (6.15, interrupt 12)",
         "Data there are #GP(0), by way of RBP or RSP #SS(0)": "QEMU raises #GP (6.15, interrupt 12)",
+        "A jump there is #GP(0), at the jump": FOUND_LATE,
         "So is one byte of many": "QEMU looks at each page by itself (vol. 1, 3.3.7.1)",
     },
     "calls64": {

@@ -245,6 +245,23 @@ main:
 1:      mov     rax, [rbx]
         caught  GP, error=0, rip=1b
 
+        experiment "A jump there is #GP(0), at the jump"
+        mov     rbx, NOT_CANONICAL
+        attempt
+1:      jmp     rbx
+        caught  GP, error=0, rip=1b
+        mov     rbx, NOT_CANONICAL
+        attempt
+1:      call    rbx
+        caught  GP, error=0, rip=1b
+        attempt
+        mov     rax, NOT_CANONICAL
+        push    rax
+1:      ret
+        trapped GP
+        check   "error code", [seen_frame], 0
+        check   "RIP", [seen_frame+8], "offset 1b"
+
 # ---- compatibility mode ---------------------------------------------------------------------------------------------
 
         experiment "In compatibility mode code is 32-bit, and exceptions have 64-bit frames"

@@ -12,6 +12,7 @@ segment CONFORMING_3, 0b11111110
 segment ABSENT_CODE, 0b00011010
 segment ABSENT_DATA, 0b00010010
 segment SHORT_CODE, 0b10011010, 0b0100, 0, 0xFF # nothing of ours is below 100h
+segment UP_TO_EFFF, 0b10011010, 0b0100, 0, 0xEFFF
 segment READ_ONLY, 0b10110000                   # level 1
 segment CODE_1_0, 0b10111010                    # level 1: its stack may be bad and an exception still find a good one
 segment DATA_1_0, 0b10110010
@@ -452,6 +453,26 @@ main:
         attempt
 1:      jump_far SHORT_CODE, 0x100
         caught  GP, error=0, eip=1b
+
+        experiment "So is a near one, at the jump, call or return"
+        .equ    beyond_it, 0xF000
+        mov     word ptr [beyond_it], 0x0B0F    # UD2, for who goes there all the same
+        jump_far UP_TO_EFFF, 1f
+1:      attempt
+1:      jmp     beyond_it
+        caught  GP, error=0, eip=1b, cs=UP_TO_EFFF
+        jump_far UP_TO_EFFF, 1f
+1:      mov     ebx, offset beyond_it
+        attempt
+1:      call    ebx
+        caught  GP, error=0, eip=1b, cs=UP_TO_EFFF
+        jump_far UP_TO_EFFF, 1f
+1:      attempt
+        push    offset beyond_it
+1:      ret
+        trapped GP
+        check   "error code", [seen_frame], 0
+        check   "EIP", [seen_frame+4], "offset 1b"
 
 # ---- RETF and IRET (5.8.6) ------------------------------------------------------------------------------------------
 
