@@ -24,6 +24,9 @@ import re
 from typing import Callable, NamedTuple, Union, overload
 
 
+MAX_SHOWN = 60  # characters of what is no assignment: somebody may have named a file of another kind
+
+
 class ConfigError(Exception):
     """A variable or an option is wrong; the message is one sentence for the user."""
 
@@ -178,7 +181,8 @@ class Config:
         """`name=value`, as an option `-o` or a line of a file has it."""
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"{assignment!r} is not of the form variable=value")
+            shown = assignment if len(assignment) <= MAX_SHOWN else assignment[:MAX_SHOWN] + "..."
+            raise ConfigError(f"{shown!r} is not of the form variable=value")
         self.set(name.strip(), value.strip())
 
     def load_file(self, path: str) -> None:

@@ -103,6 +103,13 @@ def test_a_file_has_comments_blank_lines_and_spaces(config, tmp_path):
     assert config.get("append") == "a # b"
 
 
+def test_of_a_file_of_another_kind_only_the_beginning_is_shown(config, tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"\xd9\xe8\0" * 1000)
+    with pytest.raises(ConfigError, match=r"disk\.img, line 1: .{,400}\.\.\.' is not of the form variable=value$"):
+        config.load_file(str(path))
+
+
 def test_a_wrong_line_is_reported_with_file_name_and_line_number(config, tmp_path):
     path = tmp_path / "vm.conf"
     path.write_text("name=a\n\ncpus=two\n")
