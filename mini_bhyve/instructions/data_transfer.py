@@ -179,18 +179,21 @@ def enter(cpu, encoding, size, level):
     width = encoding.stack_width
     step = width // 8
     mask, value_mask = cpu.stack_mask, (1 << width) - 1
-    level_count = level.value & 0x1F
+    levels = level.value & 0x1F
     rsp, frame = cpu.regs[RSP].value, cpu.regs[RBP].value
-    slots = [frame & value_mask]
     frame_pointer = (rsp & ~mask | (rsp - step) & mask) & value_mask
-    if level_count:
-        slots += [cpu.load_stack((frame - step * outer) & mask, width) for outer in range(1, level_count)]
-        slots.append(frame_pointer)
-    new_rsp = rsp - step * len(slots) - size.value
-    # A frame that the stack cannot hold faults here, before anything is changed.
-    cpu.check_store(SS_, new_rsp & mask, width)
-    for index, value in enumerate(slots):
-        cpu.store_stack((rsp - step * (index + 1)) & mask, value, width)
+
+    def store_slot(number, value):
+        cpu.store_stack((rsp - step * (number + 1)) & mask, value, width)
+
+    # The manual's order, which a fault may show. What is stored lies below the stack, as long as RSP has not changed.
+    store_slot(0, frame & value_mask)
+    for outer in range(1, levels):
+        store_slot(outer, cpu.load_stack((frame - step * outer) & mask, width))
+    if levels:
+        store_slot(levels, frame_pointer)
+    new_rsp = rsp - step * (levels + 1) - size.value
+    cpu.check_store(SS_, new_rsp & mask, width)  # a frame that the stack cannot hold faults here and not later
     cpu.regs[RSP].value = rsp & ~mask | new_rsp & mask
     keep = ~value_mask if width == 16 else 0
     cpu.regs[RBP].value = frame & keep | frame_pointer
