@@ -50,6 +50,19 @@ def test_real_mode_code_may_store_through_cs():
     assert cpu.memory.read(0x2000, 2) == b"\x34\x12"
 
 
+def test_a_frame_may_have_32_kib_and_more():
+    cpu = real_mode_cpu(bytes.fromhex("bc 00f0  c8 00c0 00  f4"))  # mov sp, F000h; enter C000h, 0; hlt
+    run_to_halt(cpu)
+    assert cpu.regs[RSP].value == 0xF000 - 2 - 0xC000
+
+
+def test_aam_divides_by_its_operand_and_not_by_zero():
+    cpu = real_mode_cpu(bytes.fromhex("b0 53  d4 10  d4 00"))  # mov al, 53h; aam 16; aam 0
+    run_to_halt(cpu)
+    assert cpu.regs[RAX].value == 0x0503
+    assert cpu.peek(0, 16) == CODE + 4  # #DE, at the second one
+
+
 @pytest.mark.parametrize(
     "before, jump",
     [

@@ -192,7 +192,7 @@ def enter(cpu, encoding, size, level):
         store_slot(outer, cpu.load_stack((frame - step * outer) & mask, width))
     if levels:
         store_slot(levels, frame_pointer)
-    new_rsp = rsp - step * (levels + 1) - size.value
+    new_rsp = rsp - step * (levels + 1) - (size.value & 0xFFFF)
     cpu.check_store(SS_, new_rsp & mask, width)  # a frame that the stack cannot hold faults here and not later
     cpu.regs[RSP].value = rsp & ~mask | new_rsp & mask
     keep = ~value_mask if width == 16 else 0
