@@ -506,11 +506,12 @@ class Cpu(MemoryAccess):
         A fault counts as the instruction that it replaces. Raises VmExit when the guest cannot go on.
         """
         while self.retired < limit and not self.attention:
-            if self.single_steps or self.system_flags & fl.RF:
-                self.step()
-            else:
-                self.run_blocks(limit)
-            if self.debug.pending and self.retired >= self.traps_from:
+            if not self.trap_due:  # (it is, here, if the last one has hit a breakpoint with what it pushed)
+                if self.single_steps or self.system_flags & fl.RF:
+                    self.step()
+                else:
+                    self.run_blocks(limit)
+            if self.trap_due:
                 interrupts.deliver_debug_trap(self)
 
     def run_blocks(self, limit: int) -> None:
@@ -546,13 +547,18 @@ class Cpu(MemoryAccess):
         """Whether something is to be looked at after each instruction: EFLAGS.TF is set, or a breakpoint."""
         return self.system_flags & fl.TF != 0 or bool(self.debug.breakpoints)
 
+    @property
+    def trap_due(self) -> bool:
+        """Whether there is a #DB for what has been done already, to come before anything else."""
+        return self.debug.pending != 0 and self.retired >= self.traps_from
+
     def step(self) -> None:
         """One instruction, with all that debugging asks for (SDM vol. 3B, 17.3.1).
 
         TF and RF count as they are before it: so POPF and IRET can set them without being caught themselves. Whatever
         calls a handler takes back the single-step trap.
         """
-        resumes = self.system_flags & fl.RF
+        began, pending, resumes = self.retired, self.debug.pending, self.system_flags & fl.RF
         try:
             if self.debug.breakpoints and not resumes and self.retired >= self.traps_from:
                 self.debug.check_execution((self.segment_base(seg.CS) + self.ip) & self.linear_mask)
@@ -563,7 +569,10 @@ class Cpu(MemoryAccess):
         self.system_flags &= ~fl.RF
         if self.system_flags & fl.TF:
             self.debug.pending |= SINGLE_STEP
-        self.run_blocks(self.retired + 1)
+        self.run_blocks(began + 1)
+        if self.retired == began:  # another thread wants attention, and nothing has been done yet
+            self.debug.pending = pending
+            self.system_flags |= resumes
 
     def undo_until_fault(self) -> None:
         """The running instruction did not happen: the processor stands where it begins. It counts all the same."""

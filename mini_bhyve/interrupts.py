@@ -100,8 +100,6 @@ def deliver_external(cpu: Cpu, vector: int) -> None:
         cpu.ip = cpu.next_ip
     except GuestFault as fault:
         deliver_fault(cpu, fault)
-    if cpu.debug.pending:  # what was pushed hit a breakpoint
-        deliver_debug_trap(cpu)
 
 
 def deliver_debug_trap(cpu: Cpu) -> None:
@@ -327,8 +325,13 @@ def set_flags(cpu: Cpu, value: int, width: int) -> None:
 
 
 def take_interrupt(cpu: Cpu) -> None:
-    """Deliver what is waiting outside, if the processor listens: NMI first, then INTR (SDM vol. 3A, 6.9)."""
-    if cpu.nmi_pending and not cpu.nmi_blocked:
+    """Deliver what is waiting outside, if the processor listens: NMI first, then INTR (SDM vol. 3A, 6.9).
+
+    A trap of the instruction before goes first.
+    """
+    if cpu.trap_due:
+        deliver_debug_trap(cpu)
+    elif cpu.nmi_pending and not cpu.nmi_blocked:
         cpu.nmi_pending = False
         cpu.nmi_blocked = True  # until the next IRET
         deliver_external(cpu, NMI_VECTOR)

@@ -6,12 +6,17 @@ The handler notes where the exception was, with which flags and why, clears DR6,
 from __future__ import annotations
 
 from typing import NamedTuple
+from unittest import mock
 
+import long_mode_guest as long_mode
 import pytest
+from long_mode_guest import LongModeGuest, gate
 from protected_guest import CODE, HANDLERS, INTERRUPT_GATE, STACK, Guest, assemble
 
 from mini_bhyve import flags as fl
-from mini_bhyve.faults import BP, DB, UD
+from mini_bhyve import interrupts
+from mini_bhyve import segmentation as seg
+from mini_bhyve.faults import BP, DB, NMI, UD
 from mini_bhyve.operands import RAX, RCX
 
 HANDLER, LOG_END, LOG, DATA = 0x9000, 0xA000, 0xA010, 0xB000
@@ -259,3 +264,47 @@ def test_a_guest_is_debugged_alike_in_any_slices():
         return guest.cpu.retired, guest.memory.read(LOG, 0x200)
 
     assert run(1) == run(2) == run(7) == run(1000)
+
+
+def test_what_a_trap_pushes_may_hit_a_breakpoint_and_that_trap_comes_before_the_handler():
+    # The handler of NMI pushes where a breakpoint is, and #DB is delivered before its first instruction.
+    guest = DebuggedGuest("90 f4", {0: (STACK - 4, WRITE | DOUBLEWORD)})
+    guest.cpu.nmi_pending = True
+    assert guest.log() == [Entry(HANDLERS + 2 * 16 - CODE, False, B0)]
+    assert guest.ended_in == NMI
+
+
+def test_a_processor_that_meets_traps_without_end_can_still_be_stopped():
+    """Each #DB begins on the same stack, as by IST it does, and what it pushes is being watched."""
+    guest = LongModeGuest("c6 05 f17f0000 00")  # mov byte [rip + 7FF1h], 0
+    guest.memory.load(long_mode.TSS + 0x24, long_mode.STACK0.to_bytes(8, "little"))
+    guest.words(long_mode.IDT + 16 * DB, *gate(seg.INTERRUPT_GATE32, long_mode.KERNEL_CODE, HANDLERS, ist=1))
+    guest.cpu.write_debug_register(0, long_mode.STACK0 - 8)
+    guest.cpu.write_debug_register(1, 0xFFF8)
+    guest.cpu.write_debug_register(7, (WRITE | BYTE) << 16 | (WRITE | BYTE) << 20 | 0xA)
+    traps = 0
+
+    def count_traps(cpu, _original=interrupts.deliver_debug_trap) -> None:
+        nonlocal traps
+        traps += 1
+        cpu.attention = traps == 2000  # as another thread would do it
+        _original(cpu)
+
+    guest.cpu.attention = False
+    with mock.patch.object(interrupts, "deliver_debug_trap", count_traps):
+        guest.cpu.run(1000)
+    assert guest.cpu.retired == 1
+    assert guest.cpu.debug.pending == B0
+
+
+def test_a_step_that_is_called_off_before_it_began_leaves_no_trap_and_keeps_rf():
+    guest = DebuggedGuest("40 40 f4", {0: (CODE, EXECUTE)})  # inc eax; inc eax; hlt
+    cpu = guest.cpu
+    cpu.system_flags |= fl.TF | fl.RF
+    cpu.attention = False
+    with mock.patch.object(type(cpu), "single_steps", property(lambda cpu: setattr(cpu, "attention", True) or True)):
+        cpu.run(10)  # attention is asked for at the worst moment
+    assert (cpu.retired, cpu.debug.pending, cpu.system_flags & fl.RF) == (0, 0, fl.RF)
+    cpu.attention = False
+    cpu.run(1)
+    assert cpu.regs[RAX].value == 1
