@@ -16,7 +16,7 @@ from capstone import x86_const as x86
 
 from mini_bhyve import operands as op
 from mini_bhyve.absent import absent, unit_of
-from mini_bhyve.faults import GuestFault, undefined_opcode
+from mini_bhyve.faults import GuestFault, general_protection, undefined_opcode
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.instructions.definition import NP, Definition, Encoding
 from mini_bhyve.segmentation import CS, DS, ES, FS, GS, SS_
@@ -208,8 +208,9 @@ class Decoder:
                 ips.pop()  # it may go on in the next page: let it be the first of a block of its own
                 break
             else:
+                too_long = self.is_too_long(code[offset : offset + 2 * MAX_INSTRUCTION], prefixes, mode)
                 offset += 1
-                step, ends_block = (_undefined, (), _wrap(ip + offset, mode)), True
+                step, ends_block = (_too_long if too_long else _undefined, (), _wrap(ip + offset, mode)), True
             steps.append(step)
         return (steps, tuple(ips), offset) if steps else None
 
@@ -232,6 +233,15 @@ class Decoder:
                 # A prefix less at the beginning, and the instruction still ends where it ended.
                 insn = next(machine.disasm(known, ip + len(window) - len(known), 1), insn)
         return insn
+
+    def is_too_long(self, code: bytes, prefixes: Prefixes, mode: Mode) -> bool:
+        """Whether `code`, of which 15 bytes make no instruction, is one, but for prefixes that are there twice."""
+        if prefixes.length == MAX_INSTRUCTION:
+            return True
+        once = bytes(dict.fromkeys(code[: prefixes.length]))
+        window = (once + code[prefixes.length :]).ljust(MAX_INSTRUCTION, b"\0")
+        insn = self.disassemble(window[:MAX_INSTRUCTION], 0, read_prefixes(window, mode), mode)
+        return insn is not None and prefixes.length - len(once) + insn.size > MAX_INSTRUCTION
 
     def step(self, insn: capstone.CsInsn, prefixes: Prefixes, mode: Mode) -> tuple[Step, bool]:
         """One instruction: what to call, with what, and whether the block ends with it."""
@@ -349,7 +359,8 @@ def describe(insn: capstone.CsInsn) -> str:
 
 
 def _wrap(ip: int, mode: Mode) -> int:
-    return ip & op.MASKS[mode.code_size]
+    """EIP has 32 bits in 16-bit code, too: behind FFFFh it is beyond the limit of most segments, and not 0."""
+    return ip & op.MASKS[64 if mode.code_size == 64 else 32]
 
 
 def _known(operand: Any) -> bool:
@@ -378,3 +389,8 @@ def _writes_memory(insn: capstone.CsInsn) -> bool:
 def _undefined() -> NoReturn:
     """The step for what cannot be run: it acts only if the guest gets there."""
     raise undefined_opcode()
+
+
+def _too_long() -> NoReturn:
+    """The step for an instruction of more than 15 bytes (SDM vol. 3A, 6.15, "#GP")."""
+    raise general_protection()

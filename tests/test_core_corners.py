@@ -115,6 +115,27 @@ def test_far_calls_into_many_segments_leave_few_tables_behind():
     assert len(cpu.code_cache.by_ip) == 1
 
 
+def test_code_does_not_run_on_from_the_end_of_its_segment_to_the_beginning():
+    cpu = real_mode_cpu(b"")
+    cpu.memory.load(0x1FFFF, b"\x90")  # at FFFFh
+    cpu.set_code_segment(seg.real_mode_segment(0x1000), 0)
+    cpu.ip = 0xFFFF
+    cpu.run(1)
+    assert cpu.ip == 0x10000
+    run_to_halt(cpu)
+    assert cpu.peek(0, 16) == 0  # of the IP at fault, 16 bits have room in the frame
+    assert cpu.instructions == 3
+
+
+def test_16_bit_code_runs_on_beyond_64_kib_in_a_segment_that_reaches_further():
+    cpu = real_mode_cpu(b"")
+    cpu.memory.load(0x1FFFF, b"\x40\x40\xf4")  # inc ax; inc ax; hlt
+    cpu.set_code_segment(seg.Segment(0x1000, 0x10000, 0xFFFFF, seg.REAL_MODE_ACCESS), 0)
+    cpu.ip = 0xFFFF
+    run_to_halt(cpu)
+    assert (cpu.regs[RAX].value, cpu.ip) == (2, 0x10002)
+
+
 # --- Paging
 # ---------------------------------------------------------------------------------------------------------------
 
