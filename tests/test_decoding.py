@@ -195,3 +195,25 @@ def test_salc_fills_al_with_the_carry_flag(ours, theirs):
             asked = case(name, b"\xd6", flags)
             assert ours[name].run(asked) == theirs[name].run(asked)
     assert ours["long64"].run(case("long64", b"\xd6")).vector == UD
+
+
+@pytest.mark.parametrize("name", ["real", "flat32", "long64"])
+@pytest.mark.parametrize(
+    "prefixes, rest", [(15, "90"), (16, "90"), (14, "01c0"), (13, "83c001"), (15, "0f0b"), (30, "")]
+)
+def test_an_instruction_of_more_than_15_bytes_is_a_general_protection_fault(ours, theirs, name, prefixes, rest):
+    """(SDM vol. 3A, 6.15, interrupt 13; the last is made of nothing but prefixes.)"""
+    for prefix in (b"\x2e", b"\x3e", b"\x66"):
+        asked = case(name, prefix * prefixes + bytes.fromhex(rest))
+        mine, other = ours[name].run(asked), theirs[name].run(asked)
+        assert (mine.vector, mine.error_code) == (GP, 0)
+        assert (mine.vector, mine.ip) == (other.vector, other.ip)
+
+
+def test_an_instruction_of_15_bytes_is_not_too_long(ours):
+    for name in ("real", "flat32", "long64"):
+        assert ours[name].run(case(name, b"\x2e" * 14 + b"\x90")).vector is None
+
+
+def test_15_bytes_that_are_no_instruction_with_fewer_prefixes_either_are_undefined(ours):
+    assert ours["flat32"].run(case("flat32", b"\x2e" * 13 + b"\x0f\x04\0\0")).vector == UD
