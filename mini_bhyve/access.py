@@ -73,9 +73,14 @@ class MemoryAccess:
             self.check_alignment()
         self.store_as(address, value, width, self.user_access)
 
+    @property
+    def alignment_checked(self) -> bool:
+        """Whether data must lie at a multiple of their size: for level 3 only, and if all agree on it."""
+        return self.cpl == 3 and self.system_flags & fl.AC != 0 and self.cr0 & CR0_AM != 0
+
     def check_alignment(self) -> None:
-        """#AC for data at an address that is not a multiple of their size, for level 3 only and if all agree on it."""
-        if self.cpl == 3 and self.system_flags & fl.AC and self.cr0 & CR0_AM:
+        """#AC for data that do not, if that is checked."""
+        if self.alignment_checked:
             raise GuestFault(AC, 0)
 
     def load_system(self, address: int, width: int) -> int:
@@ -149,7 +154,7 @@ class MemoryAccess:
         self.store(self.linear(index, offset, width >> 3, True), value, width)
 
     def check_store(self, index: int, offset: int, width: int) -> None:
-        """Raise what a store to a segment would raise, and store nothing."""
+        """Raise what a store to a segment would raise, but for #AC, and store nothing."""
         size = width >> 3
         address = self.linear(index, offset, size, True)
         self.mmu.translate(address, WRITE | self.user_access)

@@ -29,8 +29,9 @@ from protected_guest import (
 from mini_bhyve import flags as fl
 from mini_bhyve import interrupts
 from mini_bhyve import segmentation as seg
-from mini_bhyve.faults import BR, DE, DF, GP, NMI, NP, OF, PF, SS, TS, UD, TripleFault
+from mini_bhyve.faults import AC, BR, DE, DF, GP, NMI, NP, OF, PF, SS, TS, UD, TripleFault
 from mini_bhyve.operands import RAX, RBX, RCX, RDI, RDX, RSP
+from mini_bhyve.registers import CR0_AM
 
 # --- Loading segment registers (5.6, 5.7) -----------------------------------------------------------------------------
 
@@ -465,3 +466,45 @@ def test_an_nmi_comes_even_with_interrupts_off_and_before_an_interrupt():
     guest.run()
     assert guest.ended_in == NMI
     assert guest.cpu.interrupt_line
+
+
+# --- Alignment (SDM vol. 3A, 6.15, interrupt 17) ----------------------------------------------------------------------
+
+
+def aligned_guest(program: str) -> Guest:
+    """Level 3 with EFLAGS.AC, ES flat, ESI 9000h and EDI 9804h, their pages in the TLB."""
+    # push ds; pop es; mov esi, 9000h; mov edi, 9804h; push 40002h; popf; mov al, [esi]; mov [edi], al
+    guest = Guest("", "1e 07 be 00900000 bf 04980000 68 02000400 9d 8a06 8807" + program + "cd 81")
+    guest.cpu.write_cr0(guest.cpu.cr0 | CR0_AM)
+    guest.run()
+    return guest
+
+
+@pytest.mark.parametrize("repeat", ["", "f3"])
+@pytest.mark.parametrize("before, vector", [("", END), ("46", AC), ("47", AC)])  # inc esi; inc edi
+def test_strings_must_be_aligned_one_element_at_a_time_or_many(repeat, before, vector):
+    assert aligned_guest("b9 02000000" + before + repeat + "a5").ended_in == vector
+
+
+def test_ins_asks_no_port_for_what_it_cannot_store():
+    class Port:
+        ports = range(0x60, 0x64)
+        asked = 0
+
+        def inb(self, port: int) -> int:
+            self.asked += 1
+            return 0
+
+    for low_byte, vector, asked in (("04", END, 4), ("05", AC, 0)):
+        # push ds; pop es; mov edi, 9804h or 9805h; push 40002h; popf; mov dx, 60h; insd
+        guest, port = Guest("", f"1e 07 bf {low_byte}980000 68 02000400 9d 66ba 6000 6d cd 81"), Port()
+        guest.cpu.ports.claim(port)
+        guest.cpu.write_cr0(guest.cpu.cr0 | CR0_AM)
+        guest.memory.load(TSS + 0x66, b"\x68\x00" + b"\0" * 0x20)  # an I/O map that allows it
+        guest.run()
+        assert (guest.ended_in, port.asked) == (vector, asked)
+
+
+@pytest.mark.parametrize("offset, vector", [(0, END), (4, END), (8, END), (2, AC)])
+def test_the_state_of_x87_need_be_aligned_to_4_only(offset, vector):
+    assert aligned_guest(f"dd76{offset:02x} dd66{offset:02x}").ended_in == vector  # fnsave, frstor [esi + offset]

@@ -129,10 +129,10 @@ def _elements_in_place(operation, limit, registers):
     """How many elements, `limit` at most, can be done at once: upwards, on one page of plain RAM, within the segments.
 
     The result is [count, offset in RAM ...], or None where one element at a time must do: downwards, across a page's
-    end, or on pages that the TLB does not hold.
+    end, on pages that the TLB does not hold, or where alignment is checked.
     """
     cpu, size = operation.cpu, operation.width // 8
-    if operation.step < 0:
+    if operation.step < 0 or cpu.alignment_checked:
         return None
     count, places = min(operation.count, limit), []
     for register, segment, writing in registers:
@@ -213,7 +213,10 @@ def _ins(operation):
     cpu = operation.cpu
     port = cpu.regs[RDX].value & 0xFFFF
     check_port_allowed(cpu, port, operation.width)
-    cpu.check_store(seg.ES, cpu.regs[RDI].value & operation.address_mask, operation.width)
+    offset, width = cpu.regs[RDI].value & operation.address_mask, operation.width
+    cpu.check_store(seg.ES, offset, width)
+    if (cpu.segment_base(seg.ES) + offset) % (width // 8):
+        cpu.check_alignment()
     operation.store_destination(cpu.ports.read(port, operation.width))
     operation.advance(RDI)
     cpu.attention = True

@@ -71,8 +71,9 @@ def _layout(cpu, encoding):
 
 
 def _registers(where, width):
-    """The places of ST(0) to ST(7), behind the environment."""
-    return [where.at(7 * width // 8 + 10 * number, 80) for number in range(8)]
+    """The places of ST(0) to ST(7), behind the environment: five words each, for more alignment is not asked for."""
+    starts = range(7 * width // 8, 7 * width // 8 + 80, 10)
+    return [[where.at(start + 2 * word, 16) for word in range(5)] for start in starts]
 
 
 def _store_environment(cpu, where, width, real):
@@ -109,8 +110,9 @@ def fnsave(cpu, encoding, where):
     width, real = _layout(cpu, encoding)
     cpu.check_store(where.segment, where.address(), 7 * width + 8 * 80)
     _store_environment(cpu, where, width, real)
-    for place, value in zip(_registers(where, width), cpu.fpu.stack):
-        place.value = value
+    for places, value in zip(_registers(where, width), cpu.fpu.stack):
+        for number, place in enumerate(places):
+            place.value = value >> 16 * number & 0xFFFF
     cpu.fpu.initialize()
 
 
@@ -119,6 +121,9 @@ def frstor(cpu, encoding, where):
     check_x87(cpu)
     check_pending(cpu)
     width, real = _layout(cpu, encoding)
-    words, values = _load_environment(where, width), [place.value for place in _registers(where, width)]
+    words = _load_environment(where, width)
+    values = [
+        sum(place.value << 16 * number for number, place in enumerate(places)) for places in _registers(where, width)
+    ]
     cpu.fpu.set_environment(words, width, real)
     cpu.fpu.stack = values
