@@ -23,7 +23,6 @@ import difflib
 import re
 from typing import Callable, NamedTuple, Union, overload
 
-
 MAX_SHOWN = 60  # characters of what is no assignment: somebody may have named a file of another kind
 
 
