@@ -33,7 +33,7 @@ from mini_bhyve.faults import TripleFault, VmExit
 from mini_bhyve.flags import IF
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
-from mini_bhyve.memory import GuestMemory
+from mini_bhyve.memory import GuestMemory, MappedDevice
 from mini_bhyve.rtc import Rtc
 from mini_bhyve.snapshot import SnapshotError, init_snapshot, vm_checkpoint
 from mini_bhyve.uart import Uart16550
@@ -96,6 +96,9 @@ class Machine:
         self.warn: Callable[[str], None] = lambda sentence: None
         for device in self.port_devices():
             self.ports.claim(device)
+        for mapped in self.mapped_devices():
+            self.memory.claim(mapped)
+        self.timed = self.timed_devices()
 
         self.disk_identities = [
             {"slot": disk.slot, "path": disk.path, "size": os.path.getsize(disk.path)} for disk in config.disks()
@@ -133,6 +136,14 @@ class Machine:
     def port_devices(self) -> list[Device]:
         """All that answer at I/O ports."""
         return [self.pic, self.pit, self.rtc, self.uart, self.port92, self.reset_control]
+
+    def mapped_devices(self) -> list[MappedDevice]:
+        """All that answer at physical addresses."""
+        return []
+
+    def timed_devices(self) -> list[Device]:
+        """All that have something to do as time goes on."""
+        return [self.pit, self.rtc, self.uart]
 
     # --- What a snapshot is made of ---------------------------------------------------------------------------------
 
@@ -223,7 +234,7 @@ class Machine:
         """Let every device do what is due now; returns when (ns) the next thing is due, None if nothing ever is."""
         now = self.clock.now
         earliest = None
-        for device in (self.pit, self.rtc, self.uart):
+        for device in self.timed:
             deadline = device.deadline
             if deadline is not None and deadline <= now:
                 device.advance(now)
