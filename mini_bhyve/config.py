@@ -119,7 +119,7 @@ VARIABLES = {
 
 # One PCI slot. Only bus 0 and function 0 exist here.
 SLOT_VARIABLES = {
-    "device": Variable(one_of("ide", "hostbridge", "lpc"), None, "what is in the slot"),
+    "device": Variable(one_of("ide", "virtio-blk", "hostbridge", "lpc"), None, "what is in the slot"),
     "path": Variable(text, None, "the disk's image"),
     "ro": Variable(boolean, "false", "whether the disk is read-only"),
 }
@@ -136,10 +136,14 @@ WITHOUT_MEANING = {
 }  # fmt: skip
 
 
+DISK_DEVICES = ("ide", "virtio-blk")
+
+
 class Disk(NamedTuple):
     slot: int
     path: str
     read_only: bool
+    device: str = "ide"
 
 
 def variable_named(name: str) -> Variable:
@@ -236,10 +240,10 @@ class Config:
             device, path = self.get(f"{prefix}.device"), self.get(f"{prefix}.path")
             if device is None:
                 raise ConfigError(f"{prefix}.device is not set: what is in slot {slot}?")
-            if device == "ide":
+            if device in DISK_DEVICES:
                 if not path:
                     raise ConfigError(f"{prefix}.path is not set: the disk in slot {slot} needs an image")
-                disks.append(Disk(slot, path, self.get_bool(f"{prefix}.ro")))
+                disks.append(Disk(slot, path, self.get_bool(f"{prefix}.ro"), device))
         return disks
 
     def dump(self) -> str:

@@ -29,19 +29,26 @@ from mini_bhyve.config import Config, ConfigError
 from mini_bhyve.console import Console
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl
+from mini_bhyve.disk import SECTOR_SIZE, DiskImage
 from mini_bhyve.faults import TripleFault, VmExit
 from mini_bhyve.flags import IF
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
-from mini_bhyve.memory import GuestMemory, MappedDevice
+from mini_bhyve.memory import PAGE_SIZE, Dma, GuestMemory, MappedDevice
 from mini_bhyve.rtc import Rtc
 from mini_bhyve.snapshot import SnapshotError, init_snapshot, vm_checkpoint
 from mini_bhyve.uart import Uart16550
+from mini_bhyve.virtio_blk import VirtioBlk
 
 NS_PER_SECOND = 1_000_000_000
 
 # Interrupt request lines of a PC.
 IRQ_PIT, IRQ_COM1, IRQ_RTC = 0, 4, 8
+
+# A virtio disk has one page of registers, one behind the other from here on, and an interrupt request line of those
+# that a PC leaves free.
+VIRTIO_BASE = 0xD0000000
+VIRTIO_IRQS = (5, 9, 10, 11)
 
 # What the guest's calendar says at power-on when its clock is virtual: always the same, so that runs repeat. It is the
 # minute in which the review was posted: 2021-01-16 21:43 UTC.
@@ -89,6 +96,8 @@ class Machine:
         self.uart = Uart16550(self.clock, self.irq(IRQ_COM1), console)
         self.port92 = Port92(self.cpu.set_a20, self.guest_reset)
         self.reset_control = ResetControl(self.guest_reset)
+        self.images = {disk.slot: DiskImage(disk.path, disk.read_only) for disk in config.disks()}
+        self.virtio_disks = self.make_virtio_disks()
         self.cpu.acknowledge_interrupt = self.pic.acknowledge
         self.cpu.tell_absent = self.tell_absent
         self.told_absent: set[str] = set()
@@ -99,10 +108,6 @@ class Machine:
         for mapped in self.mapped_devices():
             self.memory.claim(mapped)
         self.timed = self.timed_devices()
-
-        self.disk_identities = [
-            {"slot": disk.slot, "path": disk.path, "size": os.path.getsize(disk.path)} for disk in config.disks()
-        ]
 
         self.exit_code: ExitCode | None = None
         self.reason = ""
@@ -118,6 +123,21 @@ class Machine:
     def irq(self, number: int) -> Callable[[bool], None]:
         """The wire from a device to the interrupt controllers."""
         return lambda level: self.pic.set_irq(number, level)
+
+    def make_virtio_disks(self) -> list[VirtioBlk]:
+        """The disks that the configuration has as virtio-blk. Raises ConfigError if there are too many."""
+        slots = [disk.slot for disk in self.config.disks() if disk.device == "virtio-blk"]
+        if len(slots) > len(VIRTIO_IRQS):
+            raise ConfigError(f"there can be at most {len(VIRTIO_IRQS)} virtio-blk disks, not {len(slots)}")
+        dma = Dma(self.memory, self.cpu.store_physical)
+        return [
+            VirtioBlk(self.clock, self.irq(irq), dma, VIRTIO_BASE + number * PAGE_SIZE, irq, self.images[slot], slot)
+            for number, (slot, irq) in enumerate(zip(slots, VIRTIO_IRQS))
+        ]
+
+    def kernel_parameters(self) -> str:
+        """What Linux has to find on its command line to know of devices that it does not find by itself."""
+        return " ".join(disk.kernel_parameter for disk in self.virtio_disks)
 
     def set_interrupt_line(self, level: bool) -> None:
         """The controllers' output is the processor's INTR pin."""
@@ -139,11 +159,11 @@ class Machine:
 
     def mapped_devices(self) -> list[MappedDevice]:
         """All that answer at physical addresses."""
-        return []
+        return [*self.virtio_disks]
 
     def timed_devices(self) -> list[Device]:
         """All that have something to do as time goes on."""
-        return [self.pit, self.rtc, self.uart]
+        return [self.pit, self.rtc, self.uart, *self.virtio_disks]
 
     # --- What a snapshot is made of ---------------------------------------------------------------------------------
 
@@ -153,11 +173,22 @@ class Machine:
 
     def devices(self) -> Sequence[Any]:
         """What bhyve itself emulates."""
-        return [self.uart, self.port92, self.reset_control]
+        return [self.uart, self.port92, self.reset_control, *self.virtio_disks]
 
     def disks(self) -> list[dict[str, Any]]:
         """Which disks there are; path and size tell them apart."""
-        return self.disk_identities
+        return [
+            {"slot": slot, "path": image.path, "size": image.sectors * SECTOR_SIZE}
+            for slot, image in self.images.items()
+        ]
+
+    def flush_disks(self) -> None:
+        """See to it that what the guest has written outlives the host: a snapshot counts on it."""
+        for image in self.images.values():
+            try:
+                image.flush()
+            except OSError as error:
+                raise SnapshotError(f"cannot write the disk {image.path}: {error.strerror or error}") from error
 
     # --- Loading the first program ----------------------------------------------------------------------------------
 
@@ -250,7 +281,8 @@ class Machine:
             self.stop(ExitCode.HALT, f"halted with interrupts off at {cpu.where()}")
         elif self.wall_clock:
             # Input wakes us by itself: no need to get up every millisecond because the UART would look for some.
-            timers = (self.pit.deadline, self.rtc.deadline, self.uart.timeout_at)
+            timers = [device.deadline for device in self.timed if device is not self.uart]
+            timers.append(self.uart.timeout_at)
             self.sleep_until(min((when for when in timers if when is not None), default=None))
         elif deadline is None:
             self.wait(None, for_input=True)
@@ -310,8 +342,10 @@ class Machine:
         self.kick()
 
     def suspended(self) -> None:
-        """End the VM because it has been saved."""
+        """End the VM because it has been saved. Its disks may be used by whoever goes on from there."""
         self.stop(ExitCode.SUSPENDED, "suspended")
+        for image in self.images.values():
+            image.close()
 
     def suspend_all(self) -> None:
         """Ask the vCPU to come to its pause point; it will within about a millisecond."""

@@ -150,8 +150,8 @@ def test_slots_that_do_not_exist_are_refused(config, name):
 
 
 def test_a_device_that_does_not_exist_here_is_refused_with_those_that_do(config):
-    with pytest.raises(ConfigError, match="must be ide, hostbridge or lpc, not 'virtio-blk'"):
-        config.set("pci.0.1.0.device", "virtio-blk")
+    with pytest.raises(ConfigError, match="must be ide, virtio-blk, hostbridge or lpc, not 'virtio-net'"):
+        config.set("pci.0.1.0.device", "virtio-net")
 
 
 def test_a_value_of_two_lines_is_refused_since_a_file_could_not_hold_it(config):
