@@ -23,6 +23,7 @@ from typing import Any, Callable, NoReturn
 
 from mini_bhyve.config import Config, ConfigError
 from mini_bhyve.console import Console, ConsoleError, open_console
+from mini_bhyve.disk import DiskError
 from mini_bhyve.faults import VmExit
 from mini_bhyve.ipc import IpcError, init_ipc, run_dir_for
 from mini_bhyve.loader import LoaderError
@@ -89,6 +90,8 @@ def configure_slot(config: Config, device: str) -> None:
     prefix = f"pci.0.{numbers[0]}.0"
     if len(numbers) != 1 or not rest:
         raise ConfigError(f"-s {device}: expected SLOT,ide,PATH or SLOT,ide,PATH,ro")
+    if config.get(f"{prefix}.device"):
+        raise ConfigError(f"-s {device}: slot {numbers[0]} is occupied already")
     config.set(f"{prefix}.device", rest[0])
     if rest[0] == "ide":
         if len(rest) < 2 or not rest[1] or rest[2:] not in ([], ["ro"]):
@@ -127,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     option("-l", metavar="DEVICE,PATH", apply=configure_lpc,
            help="com1,stdio (default), com1,PATH of a file or a unix socket, or bootrom,FILE")  # fmt: skip
     option("-o", metavar="VAR=VALUE", apply=Config.assign, help="set a variable")
-    option("-s", metavar="SLOT,ide,PATH[,ro]", apply=configure_slot, help="a disk in a PCI slot")
+    option("-s", metavar="SLOT,ide,PATH[,ro]", apply=configure_slot,
+           help="a disk in a PCI slot, ro: read-only; of two, that in the lower slot is the master")  # fmt: skip
     option("--kernel", metavar="FILE", apply=sets("kernel"), help="an ELF or Multiboot kernel, or a boot image")
     option("--initrd", metavar="FILE", apply=sets("initrd"), help="a module for the kernel")
     option("--append", metavar="STRING", apply=sets("append"), help="the kernel's command line")
@@ -144,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 # --- Errors and exit codes --------------------------------------------------------------------------------------------
 
-EXPECTED_ERRORS = (ConfigError, ConsoleError, GuestMemoryError, IpcError, LoaderError, SnapshotError, VmExit)
+EXPECTED_ERRORS = (ConfigError, ConsoleError, DiskError, GuestMemoryError, IpcError, LoaderError, SnapshotError, VmExit)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -123,6 +123,7 @@ SLOT_VARIABLES = {
     "path": Variable(text, None, "the disk's image"),
     "ro": Variable(boolean, "false", "whether the disk is read-only"),
 }
+MAX_DISKS = 2  # on the one IDE channel
 SLOT_NAME = re.compile(r"pci\.0\.([12]?[0-9]|3[01])\.0\.(device|path|ro)")
 
 # Variables of bhyve that this machine has no use for. They are accepted, so that a bhyve configuration can be tried.
@@ -228,7 +229,7 @@ class Config:
         return int(variable_named(name).parse(self.require(name)))
 
     def disks(self) -> list[Disk]:
-        """The disks by rising slot number. Raises ConfigError if a slot is only half described."""
+        """The disks by rising slot number. Raises ConfigError if a slot is half described, or there are too many."""
         slots = sorted({int(name.split(".")[2]) for name in self._values if SLOT_NAME.fullmatch(name)})
         disks = []
         for slot in slots:
@@ -240,6 +241,9 @@ class Config:
                 if not path:
                     raise ConfigError(f"{prefix}.path is not set: the disk in slot {slot} needs an image")
                 disks.append(Disk(slot, path, self.get_bool(f"{prefix}.ro")))
+        if len(disks) > MAX_DISKS:
+            slots_taken = ", ".join(str(disk.slot) for disk in disks)
+            raise ConfigError(f"there can be at most two disks, a master and a slave, but slots {slots_taken} have one")
         return disks
 
     def dump(self) -> str:

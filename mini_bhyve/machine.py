@@ -29,8 +29,10 @@ from mini_bhyve.config import Config, ConfigError
 from mini_bhyve.console import Console
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl
+from mini_bhyve.disk import SECTOR_SIZE, DiskImage
 from mini_bhyve.faults import TripleFault, VmExit
 from mini_bhyve.flags import IF
+from mini_bhyve.ide import DATA, Ide
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
 from mini_bhyve.memory import GuestMemory
@@ -41,7 +43,7 @@ from mini_bhyve.uart import Uart16550
 NS_PER_SECOND = 1_000_000_000
 
 # Interrupt request lines of a PC.
-IRQ_PIT, IRQ_COM1, IRQ_RTC = 0, 4, 8
+IRQ_PIT, IRQ_COM1, IRQ_RTC, IRQ_IDE = 0, 4, 8, 14
 
 # What the guest's calendar says at power-on when its clock is virtual: always the same, so that runs repeat. It is the
 # minute in which the review was posted: 2021-01-16 21:43 UTC.
@@ -89,6 +91,10 @@ class Machine:
         self.uart = Uart16550(self.clock, self.irq(IRQ_COM1), console)
         self.port92 = Port92(self.cpu.set_a20, self.guest_reset)
         self.reset_control = ResetControl(self.guest_reset)
+        self.images = {disk.slot: DiskImage(disk.path, disk.read_only) for disk in config.disks()}
+        # Without disks there is no channel: nobody answers at its ports.
+        self.ide = Ide(self.clock, self.irq(IRQ_IDE), list(self.images.values())) if self.images else None
+        self.timed_devices: list[Device] = [self.pit, self.rtc, self.uart, *([self.ide] if self.ide else [])]
         self.cpu.acknowledge_interrupt = self.pic.acknowledge
         self.cpu.tell_absent = self.tell_absent
         self.told_absent: set[str] = set()
@@ -96,10 +102,8 @@ class Machine:
         self.warn: Callable[[str], None] = lambda sentence: None
         for device in self.port_devices():
             self.ports.claim(device)
-
-        self.disk_identities = [
-            {"slot": disk.slot, "path": disk.path, "size": os.path.getsize(disk.path)} for disk in config.disks()
-        ]
+        if self.ide:
+            self.ports.claim_wide(DATA, self.ide)
 
         self.exit_code: ExitCode | None = None
         self.reason = ""
@@ -132,7 +136,7 @@ class Machine:
 
     def port_devices(self) -> list[Device]:
         """All that answer at I/O ports."""
-        return [self.pic, self.pit, self.rtc, self.uart, self.port92, self.reset_control]
+        return [self.pic, self.pit, self.rtc, *self.devices()]
 
     # --- What a snapshot is made of ---------------------------------------------------------------------------------
 
@@ -140,13 +144,24 @@ class Machine:
         """What FreeBSD keeps in the kernel: the processor, the interrupt controllers, the timers."""
         return [self.memory, self.clock, self.cpu, self.pic, self.pit, self.rtc]
 
-    def devices(self) -> Sequence[Any]:
+    def devices(self) -> list[Device]:
         """What bhyve itself emulates."""
-        return [self.uart, self.port92, self.reset_control]
+        return [self.uart, self.port92, self.reset_control, *([self.ide] if self.ide else [])]
 
     def disks(self) -> list[dict[str, Any]]:
         """Which disks there are; path and size tell them apart."""
-        return self.disk_identities
+        return [
+            {"slot": slot, "path": image.path, "size": image.sectors * SECTOR_SIZE}
+            for slot, image in self.images.items()
+        ]
+
+    def flush_disks(self) -> None:
+        """See to it that what the guest has written outlives the host: a snapshot counts on it."""
+        for image in self.images.values():
+            try:
+                image.flush()
+            except OSError as error:
+                raise SnapshotError(f"cannot write the disk {image.path}: {error.strerror or error}") from error
 
     # --- Loading the first program ----------------------------------------------------------------------------------
 
@@ -223,7 +238,7 @@ class Machine:
         """Let every device do what is due now; returns when (ns) the next thing is due, None if nothing ever is."""
         now = self.clock.now
         earliest = None
-        for device in (self.pit, self.rtc, self.uart):
+        for device in self.timed_devices:
             deadline = device.deadline
             if deadline is not None and deadline <= now:
                 device.advance(now)
@@ -239,7 +254,8 @@ class Machine:
             self.stop(ExitCode.HALT, f"halted with interrupts off at {cpu.where()}")
         elif self.wall_clock:
             # Input wakes us by itself: no need to get up every millisecond because the UART would look for some.
-            timers = (self.pit.deadline, self.rtc.deadline, self.uart.timeout_at)
+            timers = [device.deadline for device in self.timed_devices if device is not self.uart]
+            timers.append(self.uart.timeout_at)
             self.sleep_until(min((when for when in timers if when is not None), default=None))
         elif deadline is None:
             self.wait(None, for_input=True)
@@ -299,8 +315,10 @@ class Machine:
         self.kick()
 
     def suspended(self) -> None:
-        """End the VM because it has been saved."""
+        """End the VM because it has been saved. Its disks may be used by whoever goes on from there."""
         self.stop(ExitCode.SUSPENDED, "suspended")
+        for image in self.images.values():
+            image.close()
 
     def suspend_all(self) -> None:
         """Ask the vCPU to come to its pause point; it will within about a millisecond."""
