@@ -90,6 +90,8 @@ def configure_slot(config: Config, device: str) -> None:
     prefix = f"pci.0.{numbers[0]}.0"
     if len(numbers) != 1 or not rest:
         raise ConfigError(f"-s {device}: expected SLOT,ide,PATH or SLOT,virtio-blk,PATH, and perhaps ,ro")
+    if config.get(f"{prefix}.device"):
+        raise ConfigError(f"-s {device}: slot {numbers[0]} is occupied already")
     config.set(f"{prefix}.device", rest[0])
     if rest[0] in DISK_DEVICES:
         if len(rest) < 2 or not rest[1] or rest[2:] not in ([], ["ro"]):
@@ -129,7 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
            help="com1,stdio (default), com1,PATH of a file or a unix socket, or bootrom,FILE")  # fmt: skip
     option("-o", metavar="VAR=VALUE", apply=Config.assign, help="set a variable")
     option("-s", metavar="SLOT,DEVICE,PATH[,ro]", apply=configure_slot,
-           help="a disk in a PCI slot; DEVICE is ide or virtio-blk")  # fmt: skip
+           help="a disk in a PCI slot, ro: read-only; DEVICE is virtio-blk or ide: of two, that in the lower slot is "
+           "the master")  # fmt: skip
     option("--kernel", metavar="FILE", apply=sets("kernel"), help="an ELF or Multiboot kernel, or a boot image")
     option("--initrd", metavar="FILE", apply=sets("initrd"), help="a module for the kernel")
     option("--append", metavar="STRING", apply=sets("append"), help="the kernel's command line")

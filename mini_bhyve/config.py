@@ -136,7 +136,9 @@ WITHOUT_MEANING = {
 }  # fmt: skip
 
 
-DISK_DEVICES = ("ide", "virtio-blk")
+# What a disk may be behind, and how many there can be of each kind: master and slave on the one IDE channel, and as
+# many virtio disks as a PC has interrupt lines to spare.
+DISK_DEVICES = {"ide": 2, "virtio-blk": 4}
 
 
 class Disk(NamedTuple):
@@ -232,7 +234,7 @@ class Config:
         return int(variable_named(name).parse(self.require(name)))
 
     def disks(self) -> list[Disk]:
-        """The disks by rising slot number. Raises ConfigError if a slot is only half described."""
+        """The disks by rising slot number. Raises ConfigError if a slot is half described, or there are too many."""
         slots = sorted({int(name.split(".")[2]) for name in self._values if SLOT_NAME.fullmatch(name)})
         disks = []
         for slot in slots:
@@ -244,6 +246,10 @@ class Config:
                 if not path:
                     raise ConfigError(f"{prefix}.path is not set: the disk in slot {slot} needs an image")
                 disks.append(Disk(slot, path, self.get_bool(f"{prefix}.ro"), device))
+        for kind, limit in DISK_DEVICES.items():
+            taken = [str(disk.slot) for disk in disks if disk.device == kind]
+            if len(taken) > limit:
+                raise ConfigError(f"there can be at most {limit} {kind} disks, but slots {', '.join(taken)} have one")
         return disks
 
     def dump(self) -> str:

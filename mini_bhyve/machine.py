@@ -32,6 +32,7 @@ from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl
 from mini_bhyve.disk import SECTOR_SIZE, DiskImage
 from mini_bhyve.faults import TripleFault, VmExit
 from mini_bhyve.flags import IF
+from mini_bhyve.ide import DATA, Ide
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
 from mini_bhyve.memory import PAGE_SIZE, Dma, GuestMemory, MappedDevice
@@ -43,7 +44,7 @@ from mini_bhyve.virtio_blk import VirtioBlk
 NS_PER_SECOND = 1_000_000_000
 
 # Interrupt request lines of a PC.
-IRQ_PIT, IRQ_COM1, IRQ_RTC = 0, 4, 8
+IRQ_PIT, IRQ_COM1, IRQ_RTC, IRQ_IDE = 0, 4, 8, 14
 
 # A virtio disk has one page of registers, one behind the other from here on, and an interrupt request line of those
 # that a PC leaves free.
@@ -97,6 +98,9 @@ class Machine:
         self.port92 = Port92(self.cpu.set_a20, self.guest_reset)
         self.reset_control = ResetControl(self.guest_reset)
         self.images = {disk.slot: DiskImage(disk.path, disk.read_only) for disk in config.disks()}
+        ide = [self.images[disk.slot] for disk in config.disks() if disk.device == "ide"]
+        # Without disks there is no channel: nobody answers at its ports.
+        self.ide = Ide(self.clock, self.irq(IRQ_IDE), ide) if ide else None
         self.virtio_disks = self.make_virtio_disks()
         self.cpu.acknowledge_interrupt = self.pic.acknowledge
         self.cpu.tell_absent = self.tell_absent
@@ -105,6 +109,8 @@ class Machine:
         self.warn: Callable[[str], None] = lambda sentence: None
         for device in self.port_devices():
             self.ports.claim(device)
+        if self.ide:
+            self.ports.claim_wide(DATA, self.ide)
         for mapped in self.mapped_devices():
             self.memory.claim(mapped)
         self.timed = self.timed_devices()
@@ -125,10 +131,8 @@ class Machine:
         return lambda level: self.pic.set_irq(number, level)
 
     def make_virtio_disks(self) -> list[VirtioBlk]:
-        """The disks that the configuration has as virtio-blk. Raises ConfigError if there are too many."""
+        """The disks that the configuration has as virtio-blk."""
         slots = [disk.slot for disk in self.config.disks() if disk.device == "virtio-blk"]
-        if len(slots) > len(VIRTIO_IRQS):
-            raise ConfigError(f"there can be at most {len(VIRTIO_IRQS)} virtio-blk disks, not {len(slots)}")
         dma = Dma(self.memory, self.cpu.store_physical)
         return [
             VirtioBlk(self.clock, self.irq(irq), dma, VIRTIO_BASE + number * PAGE_SIZE, irq, self.images[slot], slot)
@@ -155,7 +159,7 @@ class Machine:
 
     def port_devices(self) -> list[Device]:
         """All that answer at I/O ports."""
-        return [self.pic, self.pit, self.rtc, self.uart, self.port92, self.reset_control]
+        return [self.pic, self.pit, self.rtc, *self.devices()]
 
     def mapped_devices(self) -> list[MappedDevice]:
         """All that answer at physical addresses."""
@@ -163,7 +167,11 @@ class Machine:
 
     def timed_devices(self) -> list[Device]:
         """All that have something to do as time goes on."""
-        return [self.pit, self.rtc, self.uart, *self.virtio_disks]
+        return [self.pit, self.rtc, self.uart, *self.disk_controllers()]
+
+    def disk_controllers(self) -> list[Device]:
+        """What the disks are behind."""
+        return [*([self.ide] if self.ide else []), *self.virtio_disks]
 
     # --- What a snapshot is made of ---------------------------------------------------------------------------------
 
@@ -171,9 +179,9 @@ class Machine:
         """What FreeBSD keeps in the kernel: the processor, the interrupt controllers, the timers."""
         return [self.memory, self.clock, self.cpu, self.pic, self.pit, self.rtc]
 
-    def devices(self) -> Sequence[Any]:
+    def devices(self) -> list[Device]:
         """What bhyve itself emulates."""
-        return [self.uart, self.port92, self.reset_control, *self.virtio_disks]
+        return [self.uart, self.port92, self.reset_control, *self.disk_controllers()]
 
     def disks(self) -> list[dict[str, Any]]:
         """Which disks there are; path and size tell them apart."""
