@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from guest_tools import REPOSITORY, make_rom
 from test_kernel_view import SOURCES, experiments, run
-from vm_tools import PATIENCE, configured, run_to
+from vm_tools import PATIENCE, configured, run_to, state_of
 
 from mini_bhyve import loader
 from mini_bhyve.console import ScriptedConsole
 from mini_bhyve.faults import TripleFault
 from mini_bhyve.machine import VIRTIO_BASE, ExitCode, Machine
-from mini_bhyve.snapshot import load_snapshot, vm_checkpoint
+from mini_bhyve.snapshot import SnapshotError, load_snapshot, vm_checkpoint
 
 SOURCE = Path(__file__).resolve().parent / "virtio_guest" / "disk.s"
 QEMU = "qemu-system-i386"
@@ -60,8 +60,8 @@ def assemble(base: int, directory: Path) -> bytes:
     return Path(flat).read_bytes()
 
 
-def machine_with(image: Path, ram: mmap.mmap | None = None) -> Machine:
-    config = configured(pci_0_1_0_device="virtio-blk", pci_0_1_0_path=str(image))
+def machine_with(image: Path, ram: mmap.mmap | None = None, **variables: str) -> Machine:
+    config = configured(pci_0_1_0_path=str(image), **{"pci_0_1_0_device": "virtio-blk", **variables})
     return Machine(config, ScriptedConsole(), ram)
 
 
@@ -69,8 +69,9 @@ def start(machine: Machine, guest: bytes) -> None:
     machine.cpu.start(loader.load_flat(machine.memory, guest))
 
 
-def test_mini_bhyve_does_what_a_driver_expects_of_a_disk(image, tmp_path):
-    machine = machine_with(image)
+@pytest.mark.parametrize("clock", ["virtual", "wall"])
+def test_mini_bhyve_does_what_a_driver_expects_of_a_disk(image, tmp_path, clock):
+    machine = machine_with(image, clock=clock)
     start(machine, assemble(VIRTIO_BASE, tmp_path))
     assert machine.run() == ExitCode.TRIPLE_FAULT
     found = experiments(machine.console.output.decode("ascii"))
@@ -110,3 +111,34 @@ def test_a_guest_that_is_saved_and_restored_again_and_again_does_not_notice(imag
     assert under_way > 5
     assert not any(experiments(output.decode("ascii")).values())
     assert image.read_bytes() == contents(written=True)
+
+
+def test_two_runs_are_alike_to_the_instruction(image, tmp_path):
+    guest, ends = assemble(VIRTIO_BASE, tmp_path), []
+    for _ in range(2):
+        image.write_bytes(contents(written=False))
+        machine = machine_with(image)
+        start(machine, guest)
+        machine.run()
+        ends.append(state_of(machine))
+        machine.images[1].close()
+    assert ends[0] == ends[1]
+
+
+def test_each_disk_has_a_page_and_a_line_and_linux_can_be_told(image, tmp_path):
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(3 * SECTOR))
+    machine = machine_with(image, pci_0_30_0_device="virtio-blk", pci_0_30_0_path=str(other))
+    assert machine.kernel_parameters() == "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:9"
+    capacities = [machine.memory.read(VIRTIO_BASE + number * 0x1000 + 0x100, 8) for number in range(2)]
+    assert [int.from_bytes(capacity, "little") for capacity in capacities] == [SECTORS, 3]
+    machine.virtio_disks[1].set_irq(True)
+    assert machine.pic.slave.lines == 1 << 9 - 8
+
+
+def test_a_snapshot_goes_on_only_with_a_disk_of_the_same_kind(image, tmp_path):
+    path = str(tmp_path / "snapshot")
+    vm_checkpoint(machine_with(image), path, stop_vm=True)
+    machine = machine_with(image, pci_0_1_0_device="ide")
+    with pytest.raises(SnapshotError, match="has device virtio-blk-1, which this VM has not"):
+        load_snapshot(path).restore(machine)
