@@ -25,10 +25,10 @@ from mini_bhyve.config import Config, ConfigError
 from mini_bhyve.console import Console, ConsoleError, open_console
 from mini_bhyve.faults import VmExit
 from mini_bhyve.ipc import IpcError, init_ipc, run_dir_for
-from mini_bhyve.loader import LoaderError
 from mini_bhyve.machine import ExitCode, Machine
 from mini_bhyve.memory import GuestMemoryError
 from mini_bhyve.snapshot import Snapshot, SnapshotError, load_snapshot
+from mini_bhyve.start import LoaderError
 
 # --- The command line -------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,6 @@ from unicorn import UC_ARCH_X86, UC_MODE_32, UC_MODE_64, Uc
 from unicorn import x86_const as x86
 
 from mini_bhyve.loader import (
-    BASE_MEMORY_END,
-    GDT_ADDRESS,
-    LoaderError,
     embedded_guest,
     find_multiboot_header,
     load_boot_sector,
@@ -23,6 +20,7 @@ from mini_bhyve.loader import (
     load_kernel,
 )
 from mini_bhyve.memory import GuestMemory
+from mini_bhyve.start import BASE_MEMORY_END, GDT_ADDRESS, LoaderError
 
 MIB = 1 << 20
 EM_386, EM_X86_64 = 3, 62
