@@ -128,8 +128,10 @@ def build_parser() -> argparse.ArgumentParser:
            help="com1,stdio (default), com1,PATH of a file or a unix socket, or bootrom,FILE")  # fmt: skip
     option("-o", metavar="VAR=VALUE", apply=Config.assign, help="set a variable")
     option("-s", metavar="SLOT,ide,PATH[,ro]", apply=configure_slot, help="a disk in a PCI slot")
-    option("--kernel", metavar="FILE", apply=sets("kernel"), help="an ELF or Multiboot kernel, or a boot image")
-    option("--initrd", metavar="FILE", apply=sets("initrd"), help="a module for the kernel")
+    option("--kernel", metavar="FILE", apply=sets("kernel"),
+           help="a Linux kernel (bzImage or vmlinux), an ELF or Multiboot kernel, or a boot image")  # fmt: skip
+    option("--initrd", metavar="FILE", apply=sets("initrd"),
+           help="what Linux gets as its initial RAM disk, a Multiboot kernel as a module")  # fmt: skip
     option("--append", metavar="STRING", apply=sets("append"), help="the kernel's command line")
     parser.add_argument("-r", metavar="SNAPSHOT", dest="snapshot", help="go on from a snapshot")
 

@@ -26,7 +26,8 @@ def load_segments(memory: GuestMemory, path: str, data: bytes) -> tuple[int, int
     """Put the segments of an ELF file at their *physical* addresses. Returns (32 or 64, physical entry, end).
 
     A kernel that is linked for the upper half of the address space has virtual addresses that mean nothing until it has
-    turned on paging for itself. Its entry point is such an address too, so it is moved along with its segment.
+    turned on paging for itself. If its entry point is such an address too, it is moved along with its segment; Linux
+    gives the physical one.
     """
     # Only here, because importing it takes longer than starting most guests. Its ELFFile would read the section headers
     # too, of which a loader knows nothing: only the layout of the structures is taken from it.
@@ -68,6 +69,8 @@ def load_segments(memory: GuestMemory, path: str, data: bytes) -> tuple[int, int
     for segment in segments:
         if 0 <= entry - segment["p_vaddr"] < segment["p_memsz"]:
             return elf_class, entry - segment["p_vaddr"] + segment["p_paddr"], end
+    if any(0 <= entry - segment["p_paddr"] < segment["p_memsz"] for segment in segments):
+        return elf_class, entry, end
     raise LoaderError(f"{path}: the entry point {entry:#x} lies in none of the segments")
 
 

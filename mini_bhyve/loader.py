@@ -12,8 +12,9 @@ What a loader cannot put into memory, it says in a `Start`: the mode, the first 
     boot ROM                         ends at FFFFF           real mode, at the reset vector
     ELF32, Multiboot                 where its headers say   protected mode, flat, no paging     elf.py
     ELF64                            where its headers say   long mode, first 4 GiB mapped 1:1   elf.py
+    Linux: bzImage, vmlinux          where its headers say   as ELF32 or ELF64, with a zero page linux_loader.py
 
-What the last two need besides lies at the end of the base memory: `start.py`.
+What the last three need besides lies at the end of the base memory: `start.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mini_bhyve.cpuid import SIGNATURE
 from mini_bhyve.elf import ELF_MAGIC, load_segments, place
+from mini_bhyve.linux_loader import is_linux, load_linux
 from mini_bhyve.start import (
     BASE_MEMORY_END,
     PAGE_SIZE,
@@ -110,25 +112,28 @@ def embedded_guest(name: str) -> bytes:
 
 
 def load_kernel(memory: GuestMemory, path: str, append: str = "", initrd: str | None = None) -> Start:
-    """Load the kernel in the file `path`: Multiboot, ELF64, ELF32 or a flat image with a boot signature.
+    """Load the kernel in the file `path`: Linux, Multiboot, ELF64, ELF32 or a flat image with a boot signature.
 
-    `append` is the command line and `initrd` the file of a module, which only a Multiboot kernel can be given.
+    `append` is the command line and `initrd` the file of a module, which only Linux and Multiboot kernels can be given.
     LoaderError names the file and what is wrong.
     """
     data = read_file(path)
     header = find_multiboot_header(data)
     if header is not None:
         return _load_multiboot(memory, path, data, header, append, initrd)
+    if is_linux(data):
+        return load_linux(memory, path, data, append, initrd)
     if append or initrd:
-        raise LoaderError(f"{path}: no Multiboot header, so it can be given neither a command line nor an initrd")
+        raise LoaderError(
+            f"{path}: neither Linux nor a Multiboot kernel, so it can be given neither a command line nor an initrd"
+        )
     if data.startswith(ELF_MAGIC):
         return _load_elf(memory, path, data)
-    if data[0x202:0x206] == b"HdrS":
-        raise LoaderError(f"{path}: a Linux kernel; only ELF, Multiboot and flat images can be started")
     if data[BOOT_SECTOR_SIZE - 2 : BOOT_SECTOR_SIZE] == BOOT_SIGNATURE:
         return load_flat(memory, data)
     raise LoaderError(
-        f"{path}: neither an ELF file nor a Multiboot kernel nor a flat image with the bytes 55 aa at offset 510"
+        f"{path}: neither Linux nor an ELF file nor a Multiboot kernel nor a flat image with the bytes 55 aa at "
+        "offset 510"
     )
 
 

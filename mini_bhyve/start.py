@@ -1,6 +1,6 @@
 """How the processor is started: `Start` says it, and for kernels the flat machine is prepared in memory.
 
-What the loaders have in common (`loader.py`, `elf.py`): the file, the error, and the state in which
+What the loaders have in common (`loader.py`, `elf.py`, `linux_loader.py`): the file, the error, and the state in which
 the first instruction finds the processor. Read here together with Intel SDM vol. 3A, 3.4.5 (segment descriptors) and
 4.5 (4-level paging).
 
