@@ -291,7 +291,8 @@ class Machine:
             self.stop(ExitCode.HALT, f"halted with interrupts off at {cpu.where()}")
         elif self.wall_clock:
             # Input wakes us by itself: no need to get up every millisecond because the UART would look for some.
-            timers = (self.lapic.deadline, self.pit.deadline, self.rtc.deadline, self.uart.timeout_at)
+            timers = [device.deadline for device in self.timed if device is not self.uart]
+            timers.append(self.uart.timeout_at)
             self.sleep_until(min((when for when in timers if when is not None), default=None))
         elif deadline is None:
             self.wait(None, for_input=True)
