@@ -26,10 +26,10 @@ from mini_bhyve.console import Console, ConsoleError, open_console
 from mini_bhyve.disk import DiskError
 from mini_bhyve.faults import VmExit
 from mini_bhyve.ipc import IpcError, init_ipc, run_dir_for
-from mini_bhyve.loader import LoaderError
 from mini_bhyve.machine import ExitCode, Machine
 from mini_bhyve.memory import GuestMemoryError
 from mini_bhyve.snapshot import Snapshot, SnapshotError, load_snapshot
+from mini_bhyve.start import LoaderError
 
 # --- The command line -------------------------------------------------------------------------------------------------
 
@@ -133,8 +133,10 @@ def build_parser() -> argparse.ArgumentParser:
     option("-s", metavar="SLOT,DEVICE,PATH[,ro]", apply=configure_slot,
            help="a disk in a PCI slot, ro: read-only; DEVICE is virtio-blk or ide: of two, that in the lower slot is "
            "the master")  # fmt: skip
-    option("--kernel", metavar="FILE", apply=sets("kernel"), help="an ELF or Multiboot kernel, or a boot image")
-    option("--initrd", metavar="FILE", apply=sets("initrd"), help="a module for the kernel")
+    option("--kernel", metavar="FILE", apply=sets("kernel"),
+           help="a Linux kernel (bzImage or vmlinux), an ELF or Multiboot kernel, or a boot image")  # fmt: skip
+    option("--initrd", metavar="FILE", apply=sets("initrd"),
+           help="what Linux gets as its initial RAM disk, a Multiboot kernel as a module")  # fmt: skip
     option("--append", metavar="STRING", apply=sets("append"), help="the kernel's command line")
     parser.add_argument("-r", metavar="SNAPSHOT", dest="snapshot", help="go on from a snapshot")
 

@@ -45,7 +45,7 @@ def test_beyond_the_last_leaf_comes_what_the_last_basic_one_says(leaf):
     assert cpuid(leaf) == cpuid(MAX_BASIC)
 
 
-@pytest.mark.parametrize("leaf", [0x3, 0x4, 0x5, 0x6, 0xA, 0xB, 0xD])
+@pytest.mark.parametrize("leaf", [0x3, 0x4, 0x5, 0xA, 0xB, 0xD, 0x14])
 def test_leaves_of_what_is_not_there_are_empty(leaf):
     assert cpuid(leaf) == (0, 0, 0, 0)
 
@@ -61,6 +61,12 @@ def test_sysenter_is_not_taken_for_the_one_that_the_first_pentium_pro_had_not():
     family, model, stepping = signature >> 8 & 15, signature >> 4 & 15, signature & 15
     assert family == 6 and model >= 3 and stepping >= 3
     assert cpuid(1)[EDX] >> 11 & 1
+
+
+def test_the_x87_is_offered_without_which_linux_does_not_go_on_but_no_mmx_and_sse():
+    offered = cpuid(1)[EDX]
+    assert offered >> 0 & 1 and offered >> 24 & 1  # FPU, FXSR
+    assert not any(offered >> bit & 1 for bit in (23, 25, 26))  # MMX, SSE, SSE2
 
 
 def processor() -> Cpu:
