@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Optional
 
 from mini_bhyve import segmentation as seg
-from mini_bhyve.decode import MAX_BLOCK, MAX_INSTRUCTION, Block, Decoder, Mode
+from mini_bhyve.decode import MAX_BLOCK, MAX_INSTRUCTION, Block, Decoder, Mode, Step
 from mini_bhyve.faults import general_protection
 from mini_bhyve.memory import PAGE_SIZE
 from mini_bhyve.paging import FETCH
@@ -57,7 +57,8 @@ class CodeCache:
         self.decoder = Decoder(cpu)
         self.by_place: dict[Key, Block] = {}
         self.by_ip: dict[Mode, dict[int, Block]] = {}
-        self.dropped_after = 0  # how many instructions the running block had done when it was dropped
+        self.ended_after = 0  # how many instructions the running block had done when it was made to end
+        self.set_aside: list[Step] = []  # its steps, if it was not dropped but only ends early this time
 
     def lookup(self, mode: Mode) -> dict[int, Block]:
         """The quick way: instruction pointer -> block, for one mode. Valid until the next `forget`."""
@@ -135,13 +136,14 @@ class CodeCache:
             return
         rest = CodeFrame()
         for key, block in code.blocks:
-            if not block.steps:
+            if not block.steps and not (block is running and self.set_aside):
                 continue  # dropped already, by a store into its other page
             if not block.overlaps(offset, offset + length):
                 rest.add(frame, key, block)
                 continue
             if running is not None and block is running:
-                self.dropped_after = running.next_ips.index(self.cpu.next_ip) + 1
+                self.ended_after = running.next_ips.index(self.cpu.next_ip) + 1
+                self.set_aside = []
             block.steps.clear()
             del self.by_place[key]
         if rest.blocks:
@@ -149,3 +151,16 @@ class CodeCache:
         else:
             del self.cpu.mmu.code_frames[frame]
         self.cpu.forget_code()
+
+    def end_running(self) -> None:
+        """Let the running block end behind the present instruction this time: what comes next may be an interrupt."""
+        running = self.cpu.running
+        if running is not None and running.steps:
+            self.ended_after = running.next_ips.index(self.cpu.next_ip) + 1
+            self.set_aside = running.steps[:]
+            running.steps.clear()
+
+    def put_back(self, block: Block) -> None:
+        """The block that was running and ended early is whole again, if it was not dropped."""
+        block.steps.extend(self.set_aside)
+        self.set_aside = []

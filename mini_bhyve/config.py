@@ -119,11 +119,10 @@ VARIABLES = {
 
 # One PCI slot. Only bus 0 and function 0 exist here.
 SLOT_VARIABLES = {
-    "device": Variable(one_of("ide", "hostbridge", "lpc"), None, "what is in the slot"),
+    "device": Variable(one_of("ide", "virtio-blk", "hostbridge", "lpc"), None, "what is in the slot"),
     "path": Variable(text, None, "the disk's image"),
     "ro": Variable(boolean, "false", "whether the disk is read-only"),
 }
-MAX_DISKS = 2  # on the one IDE channel
 SLOT_NAME = re.compile(r"pci\.0\.([12]?[0-9]|3[01])\.0\.(device|path|ro)")
 
 # Variables of bhyve that this machine has no use for. They are accepted, so that a bhyve configuration can be tried.
@@ -137,10 +136,16 @@ WITHOUT_MEANING = {
 }  # fmt: skip
 
 
+# What a disk may be behind, and how many there can be of each kind: master and slave on the one IDE channel, and as
+# many virtio disks as a PC has interrupt lines to spare.
+DISK_DEVICES = {"ide": 2, "virtio-blk": 4}
+
+
 class Disk(NamedTuple):
     slot: int
     path: str
     read_only: bool
+    device: str = "ide"
 
 
 def variable_named(name: str) -> Variable:
@@ -237,13 +242,14 @@ class Config:
             device, path = self.get(f"{prefix}.device"), self.get(f"{prefix}.path")
             if device is None:
                 raise ConfigError(f"{prefix}.device is not set: what is in slot {slot}?")
-            if device == "ide":
+            if device in DISK_DEVICES:
                 if not path:
                     raise ConfigError(f"{prefix}.path is not set: the disk in slot {slot} needs an image")
-                disks.append(Disk(slot, path, self.get_bool(f"{prefix}.ro")))
-        if len(disks) > MAX_DISKS:
-            slots_taken = ", ".join(str(disk.slot) for disk in disks)
-            raise ConfigError(f"there can be at most two disks, a master and a slave, but slots {slots_taken} have one")
+                disks.append(Disk(slot, path, self.get_bool(f"{prefix}.ro"), device))
+        for kind, limit in DISK_DEVICES.items():
+            taken = [str(disk.slot) for disk in disks if disk.device == kind]
+            if len(taken) > limit:
+                raise ConfigError(f"there can be at most {limit} {kind} disks, but slots {', '.join(taken)} have one")
         return disks
 
     def dump(self) -> str:

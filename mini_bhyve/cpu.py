@@ -56,7 +56,7 @@ from mini_bhyve.registers import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from mini_bhyve.loader import Start
+    from mini_bhyve.start import Start
 
 REGISTER_NAMES = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
 
@@ -84,6 +84,7 @@ class Cpu(MemoryAccess):
         self.clock = Clock(lambda: self.instructions)
         self.debug = Debug()
         self.code_cache = CodeCache(self)
+        memory.device_accessed = self.device_accessed
         # How an interrupt controller is asked for its vector; the machine connects one.
         self.acknowledge_interrupt: Callable[[], int] = lambda: 0
         self.interrupt_line = False  # the INTR pin
@@ -479,6 +480,11 @@ class Cpu(MemoryAccess):
         if target > self.code_limit or (self.code_size == 64 and not is_canonical(target)):
             raise general_protection()
 
+    def device_accessed(self) -> None:
+        """The running instruction has to do with a device in memory, which may change what is due next: as IN, OUT."""
+        self.attention = True
+        self.code_cache.end_running()
+
     def halt(self) -> None:
         """HLT: nothing is executed until an interrupt comes."""
         self.halted = True
@@ -531,8 +537,11 @@ class Cpu(MemoryAccess):
                     steps = itertools.islice(steps, limit - self.retired)
                 for definition, arguments, self.next_ip in steps:
                     definition(*arguments)
-                # A block that wrote into itself has been emptied, and ended early.
-                self.retired = end if block.steps else self.retired + self.code_cache.dropped_after
+                if block.steps:
+                    self.retired = end
+                else:  # it has been emptied, and so ended early: it wrote into itself, or to a device
+                    self.retired += self.code_cache.ended_after
+                    self.code_cache.put_back(block)
                 self.ip = self.next_ip
             except GuestFault as fault:
                 self.undo_until_fault()
@@ -581,4 +590,5 @@ class Cpu(MemoryAccess):
             index = block.next_ips.index(self.next_ip)
             self.retired += index
             self.ip = block.ips[index]
+            self.code_cache.put_back(block)
         self.retired += 1

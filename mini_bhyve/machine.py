@@ -35,15 +35,21 @@ from mini_bhyve.flags import IF
 from mini_bhyve.ide import DATA, Ide
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
-from mini_bhyve.memory import GuestMemory
+from mini_bhyve.memory import PAGE_SIZE, Dma, GuestMemory, MappedDevice
 from mini_bhyve.rtc import Rtc
 from mini_bhyve.snapshot import SnapshotError, init_snapshot, vm_checkpoint
 from mini_bhyve.uart import Uart16550
+from mini_bhyve.virtio_blk import VirtioBlk
 
 NS_PER_SECOND = 1_000_000_000
 
 # Interrupt request lines of a PC.
 IRQ_PIT, IRQ_COM1, IRQ_RTC, IRQ_IDE = 0, 4, 8, 14
+
+# A virtio disk has one page of registers, one behind the other from here on, and an interrupt request line of those
+# that a PC leaves free.
+VIRTIO_BASE = 0xD0000000
+VIRTIO_IRQS = (5, 9, 10, 11)
 
 # What the guest's calendar says at power-on when its clock is virtual: always the same, so that runs repeat. It is the
 # minute in which the review was posted: 2021-01-16 21:43 UTC.
@@ -92,9 +98,10 @@ class Machine:
         self.port92 = Port92(self.cpu.set_a20, self.guest_reset)
         self.reset_control = ResetControl(self.guest_reset)
         self.images = {disk.slot: DiskImage(disk.path, disk.read_only) for disk in config.disks()}
+        ide = [self.images[disk.slot] for disk in config.disks() if disk.device == "ide"]
         # Without disks there is no channel: nobody answers at its ports.
-        self.ide = Ide(self.clock, self.irq(IRQ_IDE), list(self.images.values())) if self.images else None
-        self.timed_devices: list[Device] = [self.pit, self.rtc, self.uart, *([self.ide] if self.ide else [])]
+        self.ide = Ide(self.clock, self.irq(IRQ_IDE), ide) if ide else None
+        self.virtio_disks = self.make_virtio_disks()
         self.cpu.acknowledge_interrupt = self.pic.acknowledge
         self.cpu.tell_absent = self.tell_absent
         self.told_absent: set[str] = set()
@@ -104,6 +111,9 @@ class Machine:
             self.ports.claim(device)
         if self.ide:
             self.ports.claim_wide(DATA, self.ide)
+        for mapped in self.mapped_devices():
+            self.memory.claim(mapped)
+        self.timed = self.timed_devices()
 
         self.exit_code: ExitCode | None = None
         self.reason = ""
@@ -119,6 +129,19 @@ class Machine:
     def irq(self, number: int) -> Callable[[bool], None]:
         """The wire from a device to the interrupt controllers."""
         return lambda level: self.pic.set_irq(number, level)
+
+    def make_virtio_disks(self) -> list[VirtioBlk]:
+        """The disks that the configuration has as virtio-blk."""
+        slots = [disk.slot for disk in self.config.disks() if disk.device == "virtio-blk"]
+        dma = Dma(self.memory, self.cpu.store_physical)
+        return [
+            VirtioBlk(self.clock, self.irq(irq), dma, VIRTIO_BASE + number * PAGE_SIZE, irq, self.images[slot], slot)
+            for number, (slot, irq) in enumerate(zip(slots, VIRTIO_IRQS))
+        ]
+
+    def kernel_parameters(self) -> str:
+        """What Linux has to find on its command line to know of devices that it does not find by itself."""
+        return " ".join(disk.kernel_parameter for disk in self.virtio_disks)
 
     def set_interrupt_line(self, level: bool) -> None:
         """The controllers' output is the processor's INTR pin."""
@@ -138,6 +161,18 @@ class Machine:
         """All that answer at I/O ports."""
         return [self.pic, self.pit, self.rtc, *self.devices()]
 
+    def mapped_devices(self) -> list[MappedDevice]:
+        """All that answer at physical addresses."""
+        return [*self.virtio_disks]
+
+    def timed_devices(self) -> list[Device]:
+        """All that have something to do as time goes on."""
+        return [self.pit, self.rtc, self.uart, *self.disk_controllers()]
+
+    def disk_controllers(self) -> list[Device]:
+        """What the disks are behind."""
+        return [*([self.ide] if self.ide else []), *self.virtio_disks]
+
     # --- What a snapshot is made of ---------------------------------------------------------------------------------
 
     def kern_structs(self) -> Sequence[Any]:
@@ -146,7 +181,7 @@ class Machine:
 
     def devices(self) -> list[Device]:
         """What bhyve itself emulates."""
-        return [self.uart, self.port92, self.reset_control, *([self.ide] if self.ide else [])]
+        return [self.uart, self.port92, self.reset_control, *self.disk_controllers()]
 
     def disks(self) -> list[dict[str, Any]]:
         """Which disks there are; path and size tell them apart."""
@@ -238,7 +273,7 @@ class Machine:
         """Let every device do what is due now; returns when (ns) the next thing is due, None if nothing ever is."""
         now = self.clock.now
         earliest = None
-        for device in self.timed_devices:
+        for device in self.timed:
             deadline = device.deadline
             if deadline is not None and deadline <= now:
                 device.advance(now)
@@ -254,7 +289,7 @@ class Machine:
             self.stop(ExitCode.HALT, f"halted with interrupts off at {cpu.where()}")
         elif self.wall_clock:
             # Input wakes us by itself: no need to get up every millisecond because the UART would look for some.
-            timers = [device.deadline for device in self.timed_devices if device is not self.uart]
+            timers = [device.deadline for device in self.timed if device is not self.uart]
             timers.append(self.uart.timeout_at)
             self.sleep_until(min((when for when in timers if when is not None), default=None))
         elif deadline is None:

@@ -5,7 +5,8 @@ Mirrors vm_setup_memory() of FreeBSD's libvmmapi and usr.sbin/bhyve/mem.c. The m
     FFFF FFFF  +------------------------+
                | the boot ROM again     |  where the reset vector FFFF FFF0 is
                +------------------------+
-               | nobody: reads all ones |
+               | devices, a page each;  |
+               | else nobody: all ones  |
     size       +------------------------+
                | RAM                    |
     10 0000    +------------------------+  1 MiB
@@ -21,16 +22,65 @@ the guest then writes never reaches the file. The ROM's bytes lie in that mappin
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable
+from typing import Callable, Protocol
 
 PAGE_SIZE = 4096
 ONE_MIB = 1 << 20
 FOUR_GIB = 1 << 32
 # bhyve's lowmem limit: RAM below 4 GiB ends at 3 GiB, to leave room for devices.
 MAX_SIZE = 3 << 30
+WIDEST = 8  # bytes: the widest access that reaches a device
 
 
 class GuestMemoryError(Exception):
     """What was asked for lies outside guest memory; the message is one sentence."""
+
+
+class MappedDevice(Protocol):
+    """What a device with registers in memory has: bhyve's struct mem_range. Addresses are absolute, sizes in bytes.
+
+    An access lies within one page, and may be of any size from 1 to 8: what the device does not take, it ignores, and
+    answers with ones.
+    """
+
+    @property
+    def frames(self) -> Iterable[int]:
+        """The pages that it answers: their physical addresses >> 12, all above RAM."""
+
+    def read_memory(self, address: int, size: int) -> int: ...
+
+    def write_memory(self, address: int, value: int, size: int) -> None: ...
+
+
+class Dma:
+    """The way of devices to RAM, past the processor (direct memory access), but not unnoticed by it.
+
+    `store(address, data)`, the processor's, writes within one page: what is written over may be code that it has
+    decoded. GuestMemoryError, before a byte is moved, for what is not in RAM from beginning to end.
+    """
+
+    def __init__(self, memory: GuestMemory, store: Callable[[int, bytes], None]):
+        self.memory = memory
+        self.store = store
+
+    def check(self, address: int, length: int) -> None:
+        """GuestMemoryError if these bytes are not all in RAM."""
+        self.memory.check(address, length)
+
+    def read(self, address: int, length: int) -> bytes:
+        """`length` bytes from physical `address`."""
+        self.check(address, length)
+        return self.memory.ram[address : address + length]
+
+    def write(self, address: int, data: bytes) -> None:
+        """Put `data` at physical `address`, page by page; no effect on ROM."""
+        self.check(address, len(data))
+        start = 0
+        while start < len(data):
+            end = start + PAGE_SIZE - (address + start) % PAGE_SIZE
+            self.store(address + start, data[start:end])
+            start = end
 
 
 class GuestMemory:
@@ -52,6 +102,9 @@ class GuestMemory:
         self.words32 = self.bytes8.cast("I")
         self.words64 = self.bytes8.cast("Q")
         self.rom_size = 0
+        self.devices: dict[int, MappedDevice] = {}  # by frame
+        # What is told of each access to a device; the processor connects it.
+        self.device_accessed: Callable[[], None] = lambda: None
         # The A20 gate: off, address bit 20 is stuck at 0, so that the megabyte wraps round as it did on the 8086.
         self.a20_mask = -1
 
@@ -59,11 +112,15 @@ class GuestMemory:
 
     def load(self, address: int, data: bytes) -> None:
         """Put `data` at physical `address`; GuestMemoryError if it does not fit into RAM."""
-        if address < 0 or address + len(data) > self.size:
-            raise GuestMemoryError(
-                f"{len(data)} bytes at {address:#x} do not fit into {self.size >> 20} MiB of guest memory"
-            )
+        self.check(address, len(data))
         self.ram[address : address + len(data)] = data
+
+    def check(self, address: int, length: int) -> None:
+        """GuestMemoryError if these bytes are not all in RAM."""
+        if address < 0 or address + length > self.size:
+            raise GuestMemoryError(
+                f"{length} bytes at {address:#x} do not fit into {self.size >> 20} MiB of guest memory"
+            )
 
     def add_rom(self, last_address: int, data: bytes) -> None:
         """Put a ROM below 1 MiB, its last byte at `last_address` (0xFFFFF), and the same once more below 4 GiB."""
@@ -71,6 +128,12 @@ class GuestMemory:
             raise GuestMemoryError("a boot ROM ends at 0xfffff and is made of whole pages of 4096 bytes")
         self.load(ONE_MIB - len(data), data)
         self.rom_size = len(data)
+
+    def claim(self, device: MappedDevice) -> None:
+        """Let `device` answer at its pages."""
+        for frame in device.frames:
+            assert frame not in self.devices and frame << 12 >= MAX_SIZE, f"frame {frame:#x} is taken"
+            self.devices[frame] = device
 
     # --- For the processor ------------------------------------------------------------------------------------------
 
@@ -89,15 +152,25 @@ class GuestMemory:
     def read(self, address: int, length: int) -> bytes:
         """`length` bytes from physical `address`, all within one page; where nobody answers, the bus floats high."""
         offset = self.ram_offset(address)
-        if offset is None:
+        if offset is not None:
+            return self.ram[offset : offset + length]
+        device = self.devices.get(address >> 12)
+        if device is None or length > WIDEST:
             return b"\xff" * length
-        return self.ram[offset : offset + length]
+        self.device_accessed()
+        return device.read_memory(address, length).to_bytes(length, "little")
 
     def write(self, address: int, data: bytes) -> None:
         """Store within one page; no effect on ROM and where nobody answers."""
         offset = self.ram_offset(address)
-        if offset is not None and self.writable(offset):
-            self.ram[offset : offset + len(data)] = data
+        if offset is not None:
+            if self.writable(offset):
+                self.ram[offset : offset + len(data)] = data
+            return
+        device = self.devices.get(address >> 12)
+        if device is not None and len(data) <= WIDEST:
+            self.device_accessed()
+            device.write_memory(address, int.from_bytes(data, "little"), len(data))
 
     def set_a20(self, enabled: bool) -> None:
         """Open or close the A20 gate. The processor's TLB must be flushed by the caller."""
