@@ -197,7 +197,7 @@ def test_what_cannot_be_a_disk_is_refused_with_one_sentence_and_exit_code_4(run_
         (["-s", f"1,ide,{images[0]}", "-s", f"2,ide,{images[0]}"], f"the disk {images[0]} is in use already"),
         (
             [f"-s{slot},ide,{images[0]},ro" for slot in (7, 3, 5)],
-            "at most two disks, a master and a slave, but slots 3, 5",
+            "at most 2 ide disks, but slots 3, 5, 7 have one",
         ),
     ):
         ended = run_bhyve(run_dir, *arguments)
@@ -227,7 +227,7 @@ def test_without_disks_nobody_answers_at_their_ports():
 
 
 def test_three_disks_are_too_many(images):
-    with pytest.raises(ConfigError, match="at most two disks"):
+    with pytest.raises(ConfigError, match="at most 2 ide disks"):
         machine([*images, images[0]])
 
 
