@@ -69,8 +69,8 @@ class Cpu(MemoryAccess):
         "code_size", "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer", "flags", "flat_stack", "fpu",
         "gdtr_base", "gdtr_limit", "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip",
         "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode", "msrs", "next_ip", "nmi_blocked", "nmi_pending",
-        "ports", "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "tell_absent", "tr",
-        "traps_from", "tsc_offset", "user_access", "words16", "words32", "words64", "write_tlb",
+        "ports", "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "task_priority_changed",
+        "tell_absent", "tr", "traps_from", "tsc_offset", "user_access", "words16", "words32", "words64", "write_tlb",
     )  # fmt: skip
 
     name = "vmcx"  # bhyve's name for a vCPU's registers in a snapshot
@@ -88,6 +88,8 @@ class Cpu(MemoryAccess):
         # How an interrupt controller is asked for its vector; the machine connects one.
         self.acknowledge_interrupt: Callable[[], int] = lambda: 0
         self.interrupt_line = False  # the INTR pin
+        # What is told of a write to CR8; the machine connects the local APIC, whose TPR it is.
+        self.task_priority_changed: Callable[[int], object] = lambda priority: None
         # What is told of an instruction that the processor does not have: its mnemonic, and a sentence; the machine
         # connects one.
         self.tell_absent: Callable[[str, str], None] = lambda mnemonic, sentence: None
@@ -239,7 +241,7 @@ class Cpu(MemoryAccess):
         self.code = self.code_cache.lookup(self.mode)
 
     def set_a20(self, enabled: bool) -> None:
-        """The A20 gate, as port 92h moves it."""
+        """The A20 gate has been opened or closed."""
         self.memory.set_a20(enabled)
         self.flush_tlb()
 
@@ -272,6 +274,7 @@ class Cpu(MemoryAccess):
             raise general_protection()
         else:
             self.cr8 = value
+            self.task_priority_changed(value)
             self.attention = True  # an interrupt may have waited for this
 
     def write_cr0(self, value: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mini_bhyve.lapic import LAPIC_ID, TIMER_HZ
 from mini_bhyve.paging import PHYSICAL_BITS
 from mini_bhyve.registers import (
     CR4_DE,
@@ -43,7 +44,11 @@ SIGNATURE = 0x663
 
 LINEAR_BITS = 48
 CACHE_LINE = 64  # bytes: what CLFLUSH works on
-MAX_BASIC, MAX_EXTENDED = 0xD, 0x80000008
+MAX_BASIC, MAX_EXTENDED = 0x16, 0x80000008
+
+# Time-stamp counter and local APIC's timer both count nanoseconds. A kernel that is told need not measure them.
+CRYSTAL_HZ = TIMER_HZ
+TSC_PER_CRYSTAL = 1
 
 EAX, EBX, ECX, EDX = range(4)
 
@@ -75,6 +80,7 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
         5: Feature("MSR", "RDMSR and WRMSR"),
         6: Feature("PAE", "physical addresses of more than 32 bits", cr4=CR4_PAE),
         8: Feature("CX8", "CMPXCHG8B"),
+        9: Feature("APIC", "the local APIC"),
         11: Feature("SEP", "SYSENTER and SYSEXIT"),
         13: Feature("PGE", "global pages, which stay in the TLB when CR3 changes", cr4=CR4_PGE),
         15: Feature("CMOV", "conditional moves"),
@@ -83,6 +89,9 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
         19: Feature("CLFSH", "CLFLUSH"),
         24: Feature("FXSR", "FXSAVE and FXRSTOR, of registers that nothing computes with",
                     cr4=CR4_OSFXSR | CR4_OSXMMEXCPT),
+    },
+    (0x6, 0, EAX): {
+        2: Feature("ARAT", "the local APIC's timer never stops"),
     },
     (0x7, 0, EBX): {
         0: Feature("FSGSBASE", "RDFSBASE, WRGSBASE ...", cr4=CR4_FSGSBASE),
@@ -126,8 +135,14 @@ NUMBERS: dict[tuple[int, int, int], int] = {
     (0x0, 0, EAX): MAX_BASIC,
     **_text(0x0, (EBX, EDX, ECX), VENDOR),
     (0x1, 0, EAX): SIGNATURE,
-    (0x1, 0, EBX): CACHE_LINE // 8 << 8,
+    (0x1, 0, EBX): LAPIC_ID << 24 | 1 << 16 | CACHE_LINE // 8 << 8,  # the 1: one logical processor
     (0x2, 0, EAX): 1,  # asking once tells all there is to tell of caches, which is nothing
+    (0x15, 0, EAX): 1,  # ECX: the crystal, in Hz; EBX / EAX: what the time-stamp counter makes of one pulse
+    (0x15, 0, EBX): TSC_PER_CRYSTAL,
+    (0x15, 0, ECX): CRYSTAL_HZ,
+    (0x16, 0, EAX): CRYSTAL_HZ * TSC_PER_CRYSTAL // 1_000_000,  # MHz: base, maximum, bus
+    (0x16, 0, EBX): CRYSTAL_HZ * TSC_PER_CRYSTAL // 1_000_000,
+    (0x16, 0, ECX): CRYSTAL_HZ // 1_000_000,
     (0x40000000, 0, EAX): 0x40000000,
     **_text(0x40000000, (EBX, ECX, EDX), HYPERVISOR),
     (0x80000000, 0, EAX): MAX_EXTENDED,

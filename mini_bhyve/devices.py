@@ -7,7 +7,8 @@ Each device mirrors a data sheet, under the data sheet's names, and the file of 
     Port92         IBM PS/2 "system control port A"                      (bhyve's A20 gate is always open)
     ResetControl   Intel 82371SB (PIIX3), reset control register         usr.sbin/bhyve/pm.c
 
-The serial port is in uart.py and the clock in rtc.py.
+The serial port is in uart.py, the clock in rtc.py, the keyboard controller in kbc.py, the APICs in lapic.py and
+ioapic.py.
 
 Time is `clock.now`, whole nanoseconds of virtual time since power-on. Nothing here ticks: a device keeps the instant at
 which something began and works out, when it is asked, what has become of it. So it does not matter how often or how
@@ -645,8 +646,8 @@ PORT92_A20 = 0x02  # 1: address line 20 works; 0: it is forced low, as on an 808
 class Port92(Device):
     """System control port A: the A20 gate and a quick reset (IBM PS/2 Hardware Technical Reference, port 0092h).
 
-    The gate is open at power-on, as firmware leaves it. `set_a20(enabled)` is called when the guest moves it, `reset()`
-    when the guest asks for a reset.
+    The gate is open at power-on, as firmware leaves it. `set_a20(enabled)` is called when the guest changes that here,
+    `reset()` when it asks for a reset. (The keyboard controller has a hand on the gate, too; one of the two is enough.)
     """
 
     name = "port92"
@@ -657,6 +658,11 @@ class Port92(Device):
         self.reset = reset
         self.value = PORT92_A20
 
+    @property
+    def a20(self) -> bool:
+        """Whether this port holds the A20 gate open."""
+        return bool(self.value & PORT92_A20)
+
     def inb(self, port: int) -> int:
         return self.value
 
@@ -664,7 +670,7 @@ class Port92(Device):
         changed = self.value ^ value
         self.value = value
         if changed & PORT92_A20:
-            self.set_a20(bool(value & PORT92_A20))
+            self.set_a20(self.a20)
         if changed & value & PORT92_RESET:
             self.reset()
 

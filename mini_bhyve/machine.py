@@ -24,17 +24,21 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
-from mini_bhyve import interrupts, loader
+from mini_bhyve import interrupts, loader, mptable
 from mini_bhyve.config import Config, ConfigError
 from mini_bhyve.console import Console
 from mini_bhyve.cpu import Cpu
+from mini_bhyve.crtc import Crtc
 from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl
 from mini_bhyve.disk import SECTOR_SIZE, DiskImage
 from mini_bhyve.faults import TripleFault, VmExit
 from mini_bhyve.flags import IF
 from mini_bhyve.ide import DATA, Ide
 from mini_bhyve.inout import IoPorts
+from mini_bhyve.ioapic import IoApic
 from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
+from mini_bhyve.kbc import KeyboardController
+from mini_bhyve.lapic import LocalApic
 from mini_bhyve.memory import PAGE_SIZE, Dma, GuestMemory, MappedDevice
 from mini_bhyve.rtc import Rtc
 from mini_bhyve.snapshot import SnapshotError, init_snapshot, vm_checkpoint
@@ -44,7 +48,7 @@ from mini_bhyve.virtio_blk import VirtioBlk
 NS_PER_SECOND = 1_000_000_000
 
 # Interrupt request lines of a PC.
-IRQ_PIT, IRQ_COM1, IRQ_RTC, IRQ_IDE = 0, 4, 8, 14
+IRQ_PIT, IRQ_KEYBOARD, IRQ_COM1, IRQ_RTC, IRQ_IDE = 0, 1, 4, 8, 14
 
 # A virtio disk has one page of registers, one behind the other from here on, and an interrupt request line of those
 # that a PC leaves free.
@@ -90,19 +94,31 @@ class Machine:
         self.clock = self.cpu.clock
         self.wall_clock = config.get("clock") == "wall"
 
-        self.pic = Pic(self.set_interrupt_line)
+        self.pic = Pic(self.pic_output)
+        self.lapic = LocalApic(
+            self.clock,
+            set_intr=self.set_interrupt_line,
+            send_nmi=self.nmi,
+            set_cr8=self.set_cr8,
+            acknowledge_pic=self.pic.acknowledge,
+            end_of_interrupt=lambda vector: self.ioapic.end_of_interrupt(vector),
+        )
+        self.ioapic = IoApic(self.lapic.message)
         self.pit = Pit(self.clock, self.irq(IRQ_PIT))
         boot_time = int(time.time()) if self.wall_clock else VIRTUAL_BOOT_TIME
         self.rtc = Rtc(self.clock, self.irq(IRQ_RTC), boot_time, self.memory.size)
         self.uart = Uart16550(self.clock, self.irq(IRQ_COM1), console)
-        self.port92 = Port92(self.cpu.set_a20, self.guest_reset)
+        self.port92 = Port92(self.a20_moved, self.guest_reset)
+        self.kbc = KeyboardController(self.irq(IRQ_KEYBOARD), self.a20_moved, self.guest_reset)
+        self.crtc = Crtc()
         self.reset_control = ResetControl(self.guest_reset)
         self.images = {disk.slot: DiskImage(disk.path, disk.read_only) for disk in config.disks()}
         ide = [self.images[disk.slot] for disk in config.disks() if disk.device == "ide"]
         # Without disks there is no channel: nobody answers at its ports.
         self.ide = Ide(self.clock, self.irq(IRQ_IDE), ide) if ide else None
         self.virtio_disks = self.make_virtio_disks()
-        self.cpu.acknowledge_interrupt = self.pic.acknowledge
+        self.cpu.acknowledge_interrupt = self.lapic.acknowledge
+        self.cpu.task_priority_changed = self.lapic.set_task_priority
         self.cpu.tell_absent = self.tell_absent
         self.told_absent: set[str] = set()
         # How the user is told what may explain why the guest fares badly; main() connects one.
@@ -127,8 +143,19 @@ class Machine:
         self.anchor_clocks()
 
     def irq(self, number: int) -> Callable[[bool], None]:
-        """The wire from a device to the interrupt controllers."""
-        return lambda level: self.pic.set_irq(number, level)
+        """The wire from a device to the interrupt controllers, to both kinds: the guest masks one of them."""
+        pin = mptable.ioapic_pin(number)
+
+        def drive(level: bool) -> None:
+            self.pic.set_irq(number, level)
+            self.ioapic.set_pin(pin, level)
+
+        return drive
+
+    def pic_output(self, level: bool) -> None:
+        """The 8259A's output goes to the local APIC, and to the I/O APIC as if it were a device."""
+        self.lapic.set_lint0(level)
+        self.ioapic.set_pin(mptable.PIC_PIN, level)
 
     def make_virtio_disks(self) -> list[VirtioBlk]:
         """The disks that the configuration has as virtio-blk."""
@@ -144,8 +171,20 @@ class Machine:
         return " ".join(disk.kernel_parameter for disk in self.virtio_disks)
 
     def set_interrupt_line(self, level: bool) -> None:
-        """The controllers' output is the processor's INTR pin."""
+        """The local APIC's output is the processor's INTR pin."""
         self.cpu.interrupt_line = level
+
+    def nmi(self) -> None:
+        """The local APIC makes a non-maskable interrupt."""
+        self.cpu.nmi_pending = True
+
+    def set_cr8(self, priority: int) -> None:
+        """The guest has written to the local APIC's TPR, which the processor has as CR8."""
+        self.cpu.cr8 = priority
+
+    def a20_moved(self, enabled: bool) -> None:
+        """The A20 gate is open if one of the two that have a hand on it holds it so."""
+        self.cpu.set_a20(self.port92.a20 or self.kbc.a20)
 
     def guest_reset(self) -> None:
         """The guest has asked for a reset: for bhyve, the end of this process (exit code 0)."""
@@ -163,11 +202,11 @@ class Machine:
 
     def mapped_devices(self) -> list[MappedDevice]:
         """All that answer at physical addresses."""
-        return [*self.virtio_disks]
+        return [self.lapic, self.ioapic, *self.virtio_disks]
 
     def timed_devices(self) -> list[Device]:
         """All that have something to do as time goes on."""
-        return [self.pit, self.rtc, self.uart, *self.disk_controllers()]
+        return [self.lapic, self.pit, self.rtc, self.uart, *self.disk_controllers()]
 
     def disk_controllers(self) -> list[Device]:
         """What the disks are behind."""
@@ -177,11 +216,11 @@ class Machine:
 
     def kern_structs(self) -> Sequence[Any]:
         """What FreeBSD keeps in the kernel: the processor, the interrupt controllers, the timers."""
-        return [self.memory, self.clock, self.cpu, self.pic, self.pit, self.rtc]
+        return [self.memory, self.clock, self.ioapic, self.lapic, self.cpu, self.pic, self.pit, self.rtc]
 
     def devices(self) -> list[Device]:
         """What bhyve itself emulates."""
-        return [self.uart, self.port92, self.reset_control, *self.disk_controllers()]
+        return [self.uart, self.kbc, self.crtc, self.port92, self.reset_control, *self.disk_controllers()]
 
     def disks(self) -> list[dict[str, Any]]:
         """Which disks there are; path and size tell them apart."""
@@ -210,6 +249,8 @@ class Machine:
             for name in ("initrd", "append"):
                 if name in config:
                     raise ConfigError(f"{name} is for a kernel, and there is none")
+        if not bootrom:  # which would bring its own
+            mptable.write(self.memory)
         if bootrom:
             start = self.load_bootrom(bootrom)
         elif kernel:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from mini_bhyve import segmentation as seg
 from mini_bhyve.faults import general_protection
+from mini_bhyve.lapic import LAPIC_ADDRESS
 from mini_bhyve.paging import is_canonical
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
 
 TIME_STAMP_COUNTER = 0x10
+APIC_BASE = 0x1B
 BIOS_SIGN_ID = 0x8B
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
 PAT = 0x277
@@ -87,6 +89,16 @@ def after_reset() -> dict[int, int]:
     return {number: kept.after_reset for number, kept in KEPT.items()}
 
 
+# Where the local APIC is, that it is on (bit 11), and that this is the processor that starts the others (bit 8).
+APIC_BASE_VALUE = LAPIC_ADDRESS | 1 << 11 | 1 << 8
+
+
+def write_apic_base(cpu: Cpu, value: int) -> None:
+    """As in bhyve, it stays where it is, and on. x2APIC (bit 10) is not offered."""
+    if value != APIC_BASE_VALUE:
+        raise general_protection()
+
+
 class Msr(NamedTuple):
     """A register behind which there is something else."""
 
@@ -97,6 +109,7 @@ class Msr(NamedTuple):
 MSRS: dict[int, Msr] = {
     # What RDTSC reads. It can be set, and counts on from there.
     TIME_STAMP_COUNTER: Msr(lambda cpu: cpu.time_stamp, lambda cpu, value: cpu.set_time_stamp(value)),
+    APIC_BASE: Msr(lambda cpu: APIC_BASE_VALUE, write_apic_base),
     # Long mode, and what came with it.
     EFER: Msr(lambda cpu: cpu.efer, lambda cpu, value: cpu.write_efer(value)),
     # The base of a segment that 64-bit mode does not take to be flat, in all its 64 bits.

@@ -1,4 +1,4 @@
-"""Port 92h and port CF9h, and what holds for every device."""
+"""Port 92h and port CF9h, the CRTC, and what holds for every device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from device_tools import HandClock, MemoryDisk, restore, save, unhurried
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mini_bhyve.crtc import Crtc
 from mini_bhyve.devices import Pic, Pit, Port92, ResetControl
 from mini_bhyve.ide import Ide
+from mini_bhyve.ioapic import IoApic
+from mini_bhyve.kbc import KeyboardController
+from mini_bhyve.lapic import LocalApic
 from mini_bhyve.rtc import Rtc
 from mini_bhyve.snapshot_state import SnapshotError, restore_state, save_state
 from mini_bhyve.uart import Uart16550
@@ -90,6 +94,26 @@ def test_a_restored_port_goes_on_as_the_saved_one_does(is_port92, before, after)
     assert (copy_calls.a20, copy_calls.resets) == (calls.a20, calls.resets)
 
 
+# ---- Ports 3D4h and 3D5h (MC6845 data sheet, "Internal register assignment")
+
+
+def test_the_crtc_keeps_the_place_of_the_cursor_in_14_bits():
+    crtc = Crtc()
+    for register, value, kept in ((14, 0xFF, 0x3F), (15, 0xA5, 0xA5)):
+        crtc.outb(0x3D4, register)
+        assert crtc.inb(0x3D5) == 0
+        crtc.outb(0x3D5, value)
+        assert crtc.inb(0x3D5) == kept
+
+
+def test_most_registers_of_the_crtc_cannot_be_read_nor_the_light_pens_written():
+    crtc = Crtc()
+    for register in {*range(0x20)} - {14, 15}:
+        crtc.outb(0x3D4, 0xE0 | register)  # the upper bits do not count
+        crtc.outb(0x3D5, 0xFF)
+        assert crtc.inb(0x3D5) == 0
+
+
 # ---- Every device
 
 
@@ -115,6 +139,10 @@ def one_of_each() -> list:
         Port92(calls.set_a20, calls.reset),
         ResetControl(calls.reset),
         Ide(clock, line, [MemoryDisk(bytes(5120)), MemoryDisk(bytes(512))]),
+        KeyboardController(line, calls.set_a20, calls.reset),
+        Crtc(),
+        LocalApic(clock, line, calls.reset, line, lambda: 0, line),
+        IoApic(lambda *message: None),
     ]
 
 
@@ -137,6 +165,9 @@ def test_any_byte_can_be_written_to_any_port_and_reads_give_bytes(device):
 def test_a_device_saved_and_restored_by_the_snapshot_code_saves_the_same_again(device):
     for port in device.ports:
         device.outb(port, 0x36)
+    if not device.ports:
+        device.write_memory(device.address + 0xF0, 0x1FF, 4)  # SVR
+        device.write_memory(device.address, 0x36, 4)  # IOREGSEL
     fields = save_state(device)
     fresh = next(other for other in one_of_each() if other.name == device.name)
     assert save_state(fresh) != fields
@@ -166,6 +197,11 @@ def test_a_device_saved_and_restored_by_the_snapshot_code_saves_the_same_again(d
         ("ide", "drive1.buffer", bytes(511)),
         ("ide", "drive1.buffer", bytes(17 * 512)),
         ("ide", "drive1.position", 1),
+        ("atkbdc", "memory", bytes(31)),
+        ("crtc", "registers", bytes(17)),
+        ("crtc", "address", 0x20),
+        ("vlapic", "irr", bytes(31)),
+        ("vlapic", "zero_at", 5),
     ],
 )
 def test_a_state_that_cannot_be_is_refused(name, field, value):
