@@ -74,7 +74,8 @@ EXECUTE_DEVICE_DIAGNOSTIC, CHECK_POWER_MODE = 0x90, 0xE5
 FLUSH_CACHE, FLUSH_CACHE_EXT = 0xE7, 0xEA
 # There are no heads to move, and nothing to spin down: STANDBY IMMEDIATE, IDLE IMMEDIATE, STANDBY, IDLE, SLEEP.
 RECALIBRATE, SEEK, POWER_MODES = range(0x10, 0x20), 0x70, (0xE0, 0xE1, 0xE2, 0xE3, 0xE6)
-RESET = 0x100  # not a command: what follows SRST
+# Not commands: what follows SRST, and drive 1's part in a diagnostic that drive 0 reports. They do not interrupt.
+RESET, SILENT_DIAGNOSTIC = 0x100, 0x101
 
 READS = {READ_SECTORS, READ_SECTORS | NO_RETRY, READ_SECTORS_EXT, READ_MULTIPLE, READ_MULTIPLE_EXT}
 WRITES = {WRITE_SECTORS, WRITE_SECTORS | NO_RETRY, WRITE_SECTORS_EXT, WRITE_MULTIPLE, WRITE_MULTIPLE_EXT}
@@ -110,9 +111,6 @@ class Drive:
         # The geometry that is offered, all of it on the disk; INITIALIZE DEVICE PARAMETERS chooses another.
         self.default_sectors_per_track = min(63, image.sectors)
         self.default_heads = min(16, image.sectors // self.default_sectors_per_track)
-        self.heads, self.sectors_per_track = self.default_heads, self.default_sectors_per_track
-        self.multiple = MAX_MULTIPLE  # sectors in a block of READ and WRITE MULTIPLE, 0 for "not agreed upon"
-        self.write_cache = True
         self.command = 0
         self.address = 0  # the next sector to be read or written
         self.remaining = 0  # how many still are
@@ -120,20 +118,27 @@ class Drive:
         self.reset()
 
     def reset(self) -> None:
-        """As a reset leaves it: the registers hold the signature of an ATA device."""
+        """At power-on and after SRST all settings are those of power-on."""
+        self.heads, self.sectors_per_track = self.default_heads, self.default_sectors_per_track
+        self.multiple = MAX_MULTIPLE  # sectors in a block of READ and WRITE MULTIPLE, 0 for "not agreed upon"
+        self.write_cache = True
+        self.show_signature()
+
+    def show_signature(self) -> None:
+        """After a reset and a diagnostic the registers tell that this is an ATA device, and nothing is going on."""
         self.status = READY
         self.error = DIAGNOSTIC_PASSED
-        self.features = 0  # this and the next four: the last byte written, and above it the one before
+        # Of these five, the last byte written, and above it the one before.
+        self.features = 0
         self.sector_count = self.lba_low = 1
         self.lba_mid = self.lba_high = 0
         self.device = 0  # without DEV
-        self.buffer = bytearray()  # the block that is being transferred
-        self.position = 0  # how much of it has been
         self.interrupt = False  # interrupt pending
+        self.set_block()
 
     def hold_in_reset(self) -> None:
         """SRST is set. What the drive was at is forgotten."""
-        self.reset()
+        self.show_signature()
         self.status = STATUS_BSY
         self.due = None
 
@@ -215,7 +220,7 @@ class Drive:
         if command in READS | WRITES | VERIFIES:
             self.address, self.remaining = self.requested_address(), self.requested_count()
         if command in WRITES and self.block_length():
-            self.await_block()
+            self.set_block(bytes(self.block_length() * SECTOR_SIZE))
             self.status = READY | STATUS_DRQ
         else:
             self.be_busy(now)
@@ -235,17 +240,19 @@ class Drive:
         except CommandError as error:
             self.error = error.error
             self.status = READY | STATUS_ERR
-            self.buffer, self.remaining = bytearray(), 0
+            self.remaining = 0
+            self.set_block()
             if self.command in READS | WRITES | VERIFIES:
                 self.show_address()
-        self.interrupt = self.command != RESET
+        self.interrupt = self.command not in (RESET, SILENT_DIAGNOSTIC)
 
     def block_length(self) -> int:
         """How many sectors the next block has; 0 if blocks of several have not been agreed upon."""
         return min(self.remaining, self.multiple if self.command in MULTIPLES else 1)
 
-    def await_block(self) -> None:
-        self.buffer, self.position = bytearray(self.block_length() * SECTOR_SIZE), 0
+    def set_block(self, data: bytes | bytearray = b"") -> None:
+        """The block to be transferred next, or none."""
+        self.buffer, self.position = bytearray(data), 0
 
     # -- The Data register
 
@@ -274,7 +281,8 @@ class Drive:
             if self.command in WRITES:
                 self.be_busy(now)
             else:
-                self.buffer, self.status = bytearray(), READY
+                self.set_block()
+                self.status = READY
                 if self.remaining:
                     self.be_busy(now)
         return passed
@@ -285,7 +293,7 @@ class Drive:
         count = self.block_length()
         self.check_sectors(count)
         try:
-            self.buffer, self.position = bytearray(self.image.read(self.address, count)), 0
+            self.set_block(self.image.read(self.address, count))
         except OSError:
             raise CommandError(ERROR_UNC) from None
         self.address += count
@@ -302,7 +310,7 @@ class Drive:
             raise CommandError(ERROR_ABRT) from None
         self.address += count
         self.remaining -= count
-        self.await_block()
+        self.set_block(bytes(self.block_length() * SECTOR_SIZE))
         if not self.remaining and not self.write_cache:
             self.flush_cache()
 
@@ -383,7 +391,7 @@ class Drive:
         data = bytearray(b"".join(word.to_bytes(2, "little") for word in words))
         data[510] = 0xA5  # word 255: a signature, and what makes the sum of all bytes 0
         data[511] = -sum(data) & 0xFF
-        self.buffer, self.position = data, 0
+        self.set_block(data)
 
     # -- Snapshot
 
@@ -438,7 +446,8 @@ COMMANDS: dict[int, Callable[[Drive], None]] = {
     **dict.fromkeys(VERIFIES, Drive.verify),
     **dict.fromkeys((FLUSH_CACHE, FLUSH_CACHE_EXT), Drive.flush_cache),
     **dict.fromkeys((*RECALIBRATE, SEEK, *POWER_MODES), Drive.do_nothing),
-    **dict.fromkeys((RESET, EXECUTE_DEVICE_DIAGNOSTIC), Drive.reset),
+    **dict.fromkeys((EXECUTE_DEVICE_DIAGNOSTIC, SILENT_DIAGNOSTIC), Drive.show_signature),
+    RESET: Drive.reset,
     IDENTIFY_DEVICE: Drive.identify_device,
     SET_FEATURES: Drive.set_features,
     SET_MULTIPLE_MODE: Drive.set_multiple_mode,
@@ -513,7 +522,7 @@ class Ide(Device):
     def _write_command(self, value: int) -> None:
         if value == EXECUTE_DEVICE_DIAGNOSTIC:  # both, whichever is selected; drive 0 reports
             self.selected = 0
-            for drive, command in zip(self.drives, (EXECUTE_DEVICE_DIAGNOSTIC, RESET)):
+            for drive, command in zip(self.drives, (EXECUTE_DEVICE_DIAGNOSTIC, SILENT_DIAGNOSTIC)):
                 drive.start(command, self.clock.now)
         elif self.drive:
             self.drive.start(value, self.clock.now)
