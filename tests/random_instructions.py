@@ -138,6 +138,12 @@ EDGES = sorted(
 )
 
 
+def repeats(insn: capstone.CsInsn) -> bool:
+    """Whether it is a string instruction with a REP prefix."""
+    prefixes = insn.bytes[: insn.bytes.index(insn.opcode[0])]
+    return insn.insn_name()[:-1] in STRINGS and (0xF2 in prefixes or 0xF3 in prefixes)
+
+
 class Unfit(Exception):
     """These random bytes make no case."""
 
@@ -150,6 +156,8 @@ class Generator:
         self.random = random.Random(f"{world.name} {seed}")
         self.wide = world.bits == 64
         self.at_page_ends = at_page_ends
+        self.start = CODE  # of the instruction that is being made
+        self.keep_registers = False  # they are what they are: it has to fit them
 
     def number(self) -> int:
         """A number that is likely to be trouble."""
@@ -237,7 +245,11 @@ class Generator:
         target = self.target(segment, width)
         mask, scale = (1 << width) - 1, where.scale
         if where.base in (x86.X86_REG_RIP, x86.X86_REG_EIP):
-            self.patch(insn, code, target - CODE - insn.size)
+            self.patch(insn, code, target - self.start - insn.size)
+        elif self.keep_registers:
+            parts = (registers[base] if base is not None else 0), (registers[index] if index is not None else 0) * scale
+            if insn.disp_size > 1:
+                self.patch(insn, code, target - sum(parts))
         elif base is not None and base != index:
             beside = (registers[index] * scale if index is not None else 0) + where.disp
             registers[base] = registers[base] & ~mask | (target - beside) & mask
@@ -278,10 +290,34 @@ class Generator:
             raise Unfit  # the preparation turned a register that the address depends on
         if not DATA <= self.stack(registers) < SIZE - ROOM:
             raise Unfit  # or the address depends on the stack pointer
-        prefixes = code[: code.index(insn.opcode[0])]
-        repeats = insn.insn_name()[:-1] in STRINGS and (0xF2 in prefixes or 0xF3 in prefixes)
-        case = Case(self.world.name, bytes(code), tuple(registers), self.flags(), tuple(memory), 1, repeats)
-        return case, decode(bytes(code), self.world.bits)
+        insn = decode(bytes(code), self.world.bits)
+        case = Case(self.world.name, bytes(code), tuple(registers), self.flags(), tuple(memory), 1, repeats(insn))
+        return case, insn
+
+    def instruction(self, stem: Stem, registers: list[int], start: int) -> tuple[bytes, capstone.CsInsn]:
+        """An instruction for a place in the middle of other code, and for the registers there. May raise Unfit."""
+        code = bytearray(self.encode(stem))
+        insn = decode(bytes(code), self.world.bits)
+        if insn is None or insn.size > 15:
+            raise Unfit
+        del code[insn.size :]
+        self.start, self.keep_registers = start, True
+        try:
+            prepared = list(registers)
+            self.aim(insn, code, prepared)
+            insn = decode(bytes(code), self.world.bits)
+            prepare = PREPARATIONS.get(insn.insn_name())
+            if prepare:
+                prepare(self, insn, code, prepared)  # what it would have in memory, the code before may need otherwise
+            place = self.place(insn, registers)
+        finally:
+            self.start, self.keep_registers = CODE, False
+        if prepared != list(registers) or (place is not None and not DATA <= place < SIZE - ROOM):
+            raise Unfit
+        low, high = self.offsets(SS, 16 if self.world.bits == 16 else 64)
+        if not low <= registers[RSP] & (0xFFFF if self.world.bits == 16 else -1) < high:
+            raise Unfit
+        return bytes(code), decode(bytes(code), self.world.bits)
 
     def place(self, insn: capstone.CsInsn, registers: list[int]) -> int | None:
         """The linear address of the memory operand, if there is one, now that it has been aimed; -1: out of reach."""
@@ -291,7 +327,7 @@ class Generator:
                 base, index = REGISTERS.get(where.base), REGISTERS.get(where.index)
                 offset = where.disp + (registers[base] if base is not None else 0)
                 if where.base in (x86.X86_REG_RIP, x86.X86_REG_EIP):
-                    offset += CODE + insn.size
+                    offset += self.start + insn.size
                 if index is not None:
                     offset += registers[index] * where.scale
                 segment = SEGMENTS.get(where.segment, SS if base in (RSP, RBP) else DS)

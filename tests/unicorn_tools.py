@@ -134,6 +134,9 @@ LONG_MODE_TABLES = (
 FS_BASE, GS_BASE = 0x1234, 0x2345  # in 64-bit mode; elsewhere the descriptors say so
 
 
+Memory = tuple[tuple[int, bytes], ...]  # addresses and what is there
+
+
 class Case(NamedTuple):
     """What to run: the state before it. Its repr is a reproducer."""
 
@@ -141,7 +144,7 @@ class Case(NamedTuple):
     code: bytes
     registers: tuple[int, ...]
     flags: int
-    memory: tuple[tuple[int, bytes], ...] = ()  # what differs from the usual content
+    memory: Memory = ()  # what differs from the usual content
     instructions: int = 1
     repeats: bool = False  # has a REP prefix
     start: int = CODE  # linear address of the first instruction
@@ -368,6 +371,7 @@ class Theirs:
         self.ram[CODE : CODE + len(case.code) + 1] = case.code + HLT
         self.uc.context_restore(self.beginning)
         self.uc.ctl_remove_cache(CODE, CODE + 0x200)
+        self.uc.ctl_flush_tlb()  # the case before may have had other page tables
         if case.controls:
             cr0, cr3, cr4, efer = case.controls
             for register, value in ((uc.UC_X86_REG_CR3, cr3), (uc.UC_X86_REG_CR4, cr4)):
@@ -383,7 +387,7 @@ class Theirs:
             if case.instructions == 1 and not case.repeats:
                 self.uc.emu_start(case.start, 0, count=1)
             else:  # Unicorn counts each round of a REP; the code has no jumps, so it ends at its end
-                self.uc.emu_start(case.start, case.start + len(case.code), count=MAX_ROUNDS)
+                self.uc.emu_start(case.start, CODE + len(case.code), count=MAX_ROUNDS)
         except unicorn.UcError as error:
             if error.errno == unicorn.UC_ERR_INSN_INVALID:
                 vector = UD
@@ -413,8 +417,8 @@ class Theirs:
 
     def at_target(self, case: Case, ip: int) -> bool:
         """A jump has gone well, but Unicorn looks at the code there before it stops, and found none."""
-        start = 0 if self.world.real else case.start
-        elsewhere = ip not in (start, start + len(case.code))
+        base = CODE if self.world.real else 0
+        elsewhere = ip not in (case.start - base, CODE + len(case.code) - base)
         elsewhere |= self.uc.reg_read(uc.UC_X86_REG_CS) != self.world.selectors[seg.CS]
         found = case.instructions == 1 and self.vectors[0] in (GP, PF) and elsewhere
         if found:
