@@ -12,7 +12,7 @@ from typing import Callable, NamedTuple
 
 import capstone
 from capstone import x86_const as x86
-from random_instructions import CS, SEGMENTS, decode, repeats
+from random_instructions import CS, REGISTERS, SEGMENTS, decode, repeats
 from random_pages import ACCESSED, LAR, STAC, TABLES
 from unicorn_tools import (
     CODE,
@@ -111,6 +111,15 @@ def prefixes(insn: capstone.CsInsn) -> bytes:
     return insn.bytes[: insn.bytes.index(insn.opcode[0])]
 
 
+def source_of(case: Case, insn: capstone.CsInsn) -> int:
+    """What the register holds that is the last operand."""
+    return case.registers[REGISTERS[insn.operands[-1].reg]]
+
+
+def is_near_call(insn: capstone.CsInsn) -> bool:
+    return insn.opcode[0] == 0xE8 or (insn.opcode[0] == 0xFF and insn.modrm >> 3 & 7 == 2)
+
+
 def both(vector: int, ours: Outcome, theirs: Outcome) -> bool:
     return ours.vector == theirs.vector == vector
 
@@ -131,7 +140,7 @@ UNICORN_ERRORS = [
           lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None
           and (theirs.ip > 0xFFFF if WORLDS[case.world].bits == 16 else not is_canonical(theirs.ip))),
     Error("a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.5", "",
-          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and through_cs(insn)),
+          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector in (None, PF) and through_cs(insn)),
     Error("some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",
           lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in prefixes(insn)),
     Error("with a 16-bit operand size, all of EBP is changed", "vol. 2A, ENTER", "enter",
@@ -182,10 +191,15 @@ UNICORN_ERRORS = [
     Error("the upper half of a 32-bit source counts", "vol. 2A, BEXTR", "bextr",
           lambda case, insn, ours, theirs: WORLDS[case.world].bits == 64 and insn.operands[0].size == 4,
           fields="registers flags"),
+    Error("a length beyond the operand leaves out the top bit", "vol. 2A, BEXTR", "bextr",
+          lambda case, insn, ours, theirs: source_of(case, insn) >> 8 & 0xFF >= insn.operands[0].size * 8,
+          fields="registers flags"),
     Error("in 16-bit code the operand has 32 bits", "vol. 2A, MOVBE; vol. 2B, POPCNT", "movbe popcnt",
           lambda case, insn, ours, theirs: WORLDS[case.world].bits == 16),
     Error("66 counts more than F3 or REX.W, and F2 more than F3", "vol. 2A, ADOX; vol. 2B, POPCNT", "adox popcnt",
           lambda case, insn, ours, theirs: 0x66 in prefixes(insn) or 0xF2 in prefixes(insn)),
+    Error("66 counts more than F3", "vol. 2D, table A-4: there is no F3 0F 38 F0", "movbe",
+          lambda case, insn, ours, theirs: ours.vector == UD and 0x66 in prefixes(insn) and 0xF3 in prefixes(insn)),
     Error("the upper half of a 32-bit mask counts", "vol. 2B, PDEP, PEXT", "pdep pext",
           lambda case, insn, ours, theirs: insn.operands[2].type == x86.X86_OP_REG, fields="registers"),
     Error("66, F2 and F3 are let through", "vol. 2A, 3.1.1.1: NP", "",
@@ -199,19 +213,29 @@ UNICORN_ERRORS = [
           lambda case, insn, ours, theirs: WORLDS[case.world].cpl > 0 and ours.vector == GP),
     Error("nothing is accessed, not even to see if it may be", "vol. 2A, CLFLUSH: faults and A bit as of a byte load",
           "clflush clflushopt clwb", lambda case, insn, ours, theirs: case.controls is not None),
-    Error("a count of 0 writes, too", "vol. 2B, SHLD, SHRD: no operation", "shld shrd",
-          lambda case, insn, ours, theirs: case.controls is not None and shift_count(case, insn) == 0),
-    Error("writes, too, where nothing changes", "vol. 2A, ARPL", "arpl",
-          lambda case, insn, ours, theirs: case.controls is not None and (theirs.vector == PF or not ours.flags & fl.ZF)),
+    Error("the constant behind the displacement is not counted", "vol. 2A, 2.2.1.6: RIP-relative", "shld shrd",
+          lambda case, insn, ours, theirs: insn.opcode[1] in (0xA4, 0xAC) and insn.modrm & 0xC7 == 5
+          and WORLDS[case.world].bits == 64),
+    Error("the final value of the stack pointer is not tried", "vol. 2A, ENTER: #PF", "enter",
+          lambda case, insn, ours, theirs: case.controls is not None and (
+              ours.vector == PF or ours.memory != theirs.memory)),
     Error("flags have changed when the store faults", "vol. 3A, 6.5: faults", "rcl rcr",
           lambda case, insn, ours, theirs: both(PF, ours, theirs), fields="flags"),
     Error("what is at the end is not read", "vol. 2A, FLDENV", "fldenv frstor",
           lambda case, insn, ours, theirs: case.controls is not None),
-    Error("the stack is read with the rights of level 0", "vol. 3A, 4.6: user-mode accesses", FAR_RETURNS,
-          lambda case, insn, ours, theirs: WORLDS[case.world].cpl == 3 and PF in (ours.vector, theirs.vector)),
+    Error("the stack is read and written with the rights of level 0", "vol. 3A, 4.6: user-mode accesses",
+          f"{FAR_RETURNS} lcall call", lambda case, insn, ours, theirs: WORLDS[case.world].cpl == 3
+          and PF in (ours.vector, theirs.vector) and not is_near_call(insn)),
+    Error("the return address is pushed before it is asked whether code can be at the target", "vol. 2A, CALL", "call",
+          lambda case, insn, ours, theirs: (ours.vector, theirs.vector) == (GP, PF)),
+    Error("the registers that were popped before a fault have changed", "vol. 3A, 6.5: faults", "popaw popal",
+          lambda case, insn, ours, theirs: both(PF, ours, theirs), fields="registers"),
+    Error("what comes before a page that is refused is written", "vol. 3A, 6.5: faults",
+          "fnsave fnstenv fxsave fxsave64", lambda case, insn, ours, theirs: both(PF, ours, theirs),
+          fields="controls memory"),
     Error("with VM in the image of EFLAGS, it goes to virtual-8086 mode from anywhere, and cuts EIP", "vol. 2A, IRET",
           "iret iretd iretq", lambda case, insn, ours, theirs: theirs.flags & fl.VM != 0 and (
-              (ours.vector, ours.error_code) == (GP, 0) or WORLDS[case.world].cpl > 0 or WORLDS[case.world].bits == 64)),
+              (ours.vector, ours.error_code) == (GP, 0) or case.world in ("user32", "user64", "long64"))),
     Error("EFLAGS.AC counts for the processor's own accesses, too", "vol. 3A, 4.6.1: implicit accesses", "",
           lambda case, insn, ours, theirs: smap_and_ac(case) and LAR in case.code and ours.vector == PF
           and ours.error_code == 1 and ours.controls[1] >> 12 == GDT >> 12),
@@ -223,8 +247,8 @@ TWO_OPERANDS = [f"cmps{suffix}" for suffix in "bwdq"]
 
 def other_fault_first(insn: capstone.CsInsn, ours: Outcome, theirs: Outcome, found: list[str]) -> bool:
     """Two operands are not to be had, and each processor has tried another one of them first."""
-    differing = {text.split(":")[0] for text in found}
-    return insn.insn_name() in TWO_OPERANDS and both(PF, ours, theirs) and differing <= {"error_code", "controls"}
+    in_both = insn.insn_name() in TWO_OPERANDS and both(PF, ours, theirs)
+    return in_both and fields_of(found) <= {"error_code", "controls"}
 
 
 # What is not compared at all.
@@ -237,12 +261,14 @@ NOT_COMPARED = {
 }
 
 
-def known_error(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> Error | None:
-    """Which of Unicorn's errors it is, if it is one."""
+def known_error(
+    case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome, found: list[str]
+) -> Error | None:
+    """Which of Unicorn's errors it is, if it is one: `found` says in which fields the outcomes differ."""
+    differing = fields_of(found)
     for error in UNICORN_ERRORS:
         concerned = not error.names or insn.insn_name() in error.names.split()
         if concerned and error.applies(case, insn, ours, theirs):
-            differing = {name for name, mine, other in zip(Outcome._fields, ours, theirs) if mine != other}
             if not error.fields or differing <= set(error.fields.split()):
                 return error
     return None
@@ -267,7 +293,7 @@ def differences(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcom
     mask = 0xFFFFFFFF if left_64bit or found_no_bit(case, insn, ours) else -1
     for index, (mine, other) in enumerate(zip(ours.registers, theirs.registers)):
         if (mine ^ other) & mask:
-            found.append(f"register {index}: {mine:#x}, not {other:#x}")
+            found.append(f"registers[{index}]: {mine:#x}, not {other:#x}")
     compared = ~NOT_KEPT & ~(undefined_flags(case, insn) if ours.vector is None else 0)
     if (ours.flags ^ theirs.flags) & compared:
         found.append(f"flags: {ours.flags & compared:#x}, not {theirs.flags & compared:#x}")
@@ -290,12 +316,21 @@ def left_sequence(case: Case, outcome: Outcome) -> bool:
     return outcome.ip != CODE + len(case.code) - (CODE if WORLDS[case.world].real else 0)
 
 
+def fields_of(found: list[str]) -> set[str]:
+    """The fields of an Outcome that `differences` names."""
+    return {text.split(":")[0].split("[")[0] for text in found}
+
+
 def different_places(ours: bytes, theirs: bytes) -> list[int]:
     """Where two memories differ."""
     if ours == theirs:
         return []
-    lines = [line for line in range(0, SIZE, 64) if ours[line : line + 64] != theirs[line : line + 64]]
-    return [place for line in lines for place in range(line, line + 64) if ours[place] != theirs[place]]
+    places, length = [0], SIZE
+    for size in (4096, 64, 1):  # pages, lines of those, bytes of those
+        starts = [start for place in places for start in range(place, place + length, size)]
+        places = [start for start in starts if ours[start : start + size] != theirs[start : start + size]]
+        length = size
+    return places
 
 
 def changed_memory(memory: bytes) -> Memory:
@@ -333,7 +368,7 @@ class Comparison:
             return None, []
         ours = self.ours.run(case)
         found = differences(case, insn, ours, theirs)
-        if found and (known_error(case, insn, ours, theirs) or other_fault_first(insn, ours, theirs, found)):
+        if found and (known_error(case, insn, ours, theirs, found) or other_fault_first(insn, ours, theirs, found)):
             return ours, []
         return ours, found
 

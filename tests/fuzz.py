@@ -34,7 +34,7 @@ try:
 except ImportError:
     sys.exit("There is no Unicorn to compare with; make installs it: make fuzz.")
 
-from comparison import Comparison, ends_block, instruction_at
+from comparison import Comparison, ends_block, fields_of, instruction_at
 from random_instructions import Generator, Unfit, forms
 from random_pages import FORMATS, access, fetch, with_pages
 from reproducer import NoCase, from_text, minimise, register_names, to_text
@@ -151,16 +151,13 @@ class Checker:
         return Failure((*names[:1], *sorted(fields)), f"{text}\n    python -m tests.fuzz --case '{to_text(case)}'")
 
 
-def fields_of(found: list[str]) -> set[str]:
-    """In which respect the outcomes differ."""
-    return {text.split(":")[0].split()[0] for text in found}
-
-
 def with_names(found: list[str], world: World) -> list[str]:
     """Registers by their names."""
     names = register_names(world)
     return [
-        f"{names[int(text.split()[1][:-1])]}:{text.split(':', 1)[1]}" if text.startswith("register ") else text
+        f"{names[int(text[len('registers[') : text.index(']')])]}{text[text.index(':') :]}"
+        if text.startswith("registers[")
+        else text
         for text in found
     ]
 

@@ -33,7 +33,7 @@ def compare(ours: Ours, theirs: Theirs, case: Case) -> Outcome:
     mine = ours.run(case)
     insn = decode(case.code, ours.world.bits)
     found = differences(case, insn, mine, other)
-    assert not found or known_error(case, insn, mine, other), (found, case._replace(memory=()))
+    assert not found or known_error(case, insn, mine, other, found), (found, case._replace(memory=()))
     return mine
 
 

@@ -32,7 +32,7 @@ from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import MASKS
 from mini_bhyve.paging import PAGING_PAE
-from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR4_OSFXSR, CR4_PAE, EFER_LMA, EFER_LME
+from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_PAE, EFER_LMA, EFER_LME
 
 SIZE = 0x40000
 GDT, PAGE_TABLES, CODE, DATA = 0x800, 0x1000, 0x8000, 0xA000
@@ -371,7 +371,7 @@ class Theirs:
         self.ram[CODE : CODE + len(case.code) + 1] = case.code + HLT
         self.uc.context_restore(self.beginning)
         self.uc.ctl_remove_cache(CODE, CODE + 0x200)
-        self.uc.ctl_flush_tlb()  # the case before may have had other page tables
+        self.flush_tlb()
         if case.controls:
             cr0, cr3, cr4, efer = case.controls
             for register, value in ((uc.UC_X86_REG_CR3, cr3), (uc.UC_X86_REG_CR4, cr4)):
@@ -414,6 +414,12 @@ class Theirs:
             tuple(self.port_device.log),
             bytes(self.ram),
         )
+
+    def flush_tlb(self) -> None:
+        """The case before may have had other page tables. A change of CR0.WP is what empties Unicorn's TLB."""
+        cr0 = self.world.controls[0]
+        for value in (cr0 ^ CR0_WP, cr0):
+            self.uc.reg_write(uc.UC_X86_REG_CR0, value)
 
     def at_target(self, case: Case, ip: int) -> bool:
         """A jump has gone well, but Unicorn looks at the code there before it stops, and found none."""
