@@ -12,13 +12,15 @@ from typing import Callable, NamedTuple
 
 import capstone
 from capstone import x86_const as x86
-from random_instructions import CS, REGISTERS, SEGMENTS, decode, repeats
+from random_instructions import CS, REGISTERS, ROOM, SEGMENTS, STRINGS, decode, memory_operand, offset_of, repeats
 from random_pages import ACCESSED, LAR, STAC, TABLES
 from unicorn_tools import (
     CODE,
     DATA,
     GDT,
     RCX,
+    RDI,
+    RSI,
     SIZE,
     WORLDS,
     Case,
@@ -32,7 +34,7 @@ from unicorn_tools import (
 )
 
 from mini_bhyve import flags as fl
-from mini_bhyve.faults import GP, PF, UD
+from mini_bhyve.faults import GP, PF, SS, UD
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.paging import is_canonical
 from mini_bhyve.registers import CR4_SMAP
@@ -103,6 +105,24 @@ class Error(NamedTuple):
     fields: str = ""  # in which the outcomes differ then; any, if empty
 
 
+def near_limit(case: Case, insn: capstone.CsInsn) -> bool:
+    """A string, in a segment of 64 KiB, begins near its end or its beginning, or beyond it."""
+    reach = ROOM if repeats(insn) else 8
+    offsets = (case.registers[index] & (1 << insn.addr_size * 8) - 1 for index in (RSI, RDI))
+    return WORLDS[case.world].bits == 16 and any(not reach <= offset < 0x10000 - reach for offset in offsets)
+
+
+def wraps_around(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> bool:
+    """A memory operand with a 16-bit address begins before its end, and is more than one value."""
+    where = memory_operand(insn)
+    if where is None or insn.addr_size != 2 or insn.insn_name() not in TWO_PARTS:
+        return False
+    return offset_of(insn, where, case.registers, case.start) > 0x10000 - ROOM
+
+
+TWO_PARTS = "lds les lfs lgs lss ljmp lcall jmp call bound lgdt lidt sgdt sidt fxsave fxrstor fnsave frstor".split()
+
+
 def through_cs(insn: capstone.CsInsn) -> bool:
     return any(o.type == x86.X86_OP_MEM and SEGMENTS.get(o.mem.segment) == CS for o in insn.operands)
 
@@ -139,6 +159,12 @@ UNICORN_ERRORS = [
           "vol. 2A, Jcc, JMP, CALL, IRET; vol. 2B, RET: #GP(0)", f"{NEAR_BRANCHES} retf iret iretd",
           lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None
           and (theirs.ip > 0xFFFF if WORLDS[case.world].bits == 16 else not is_canonical(theirs.ip))),
+    Error("the limit of a segment is not checked", "vol. 3A, 5.3",
+          " ".join(f"{name}{suffix}" for name in STRINGS for suffix in "bwd"),
+          lambda case, insn, ours, theirs: ours.vector in (GP, SS) and theirs.vector in (None, PF)
+          and near_limit(case, insn)),
+    Error("of a pointer that begins just before offset 10000h, the second part is not looked for at 0",
+          "80286 manual, LDS: vector 13 at FFFFh and FFFDh, so not at FFFEh", "", wraps_around),
     Error("a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.5", "",
           lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector in (None, PF) and through_cs(insn)),
     Error("some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",
@@ -149,7 +175,7 @@ UNICORN_ERRORS = [
     Error("F6 /1 and F7 /1 are refused; processors run them as TEST", "AMD vol. 3, table A-6", "test",
           lambda case, insn, ours, theirs: insn.modrm >> 3 & 7 == 1 and theirs.vector == UD),
     Error("the number of bytes is taken to be signed", "vol. 2B, RET", "ret retf retfq",
-          lambda case, insn, ours, theirs: case.code[-1] >= 0x80, fields="registers"),
+          lambda case, insn, ours, theirs: insn.bytes[-1] >= 0x80, fields="registers"),
     Error("the upper half of the register is kept", "vol. 2B, SMSW", "smsw", fields="registers"),
     Error("with LOCK, the flags are those of the wrong number", "vol. 2B, NEG", "neg",
           lambda case, insn, ours, theirs: 0xF0 in prefixes(insn), fields="flags"),
@@ -213,8 +239,8 @@ UNICORN_ERRORS = [
           lambda case, insn, ours, theirs: WORLDS[case.world].cpl > 0 and ours.vector == GP),
     Error("nothing is accessed, not even to see if it may be", "vol. 2A, CLFLUSH: faults and A bit as of a byte load",
           "clflush clflushopt clwb", lambda case, insn, ours, theirs: case.controls is not None),
-    Error("the constant behind the displacement is not counted", "vol. 2A, 2.2.1.6: RIP-relative", "shld shrd",
-          lambda case, insn, ours, theirs: insn.opcode[1] in (0xA4, 0xAC) and insn.modrm & 0xC7 == 5
+    Error("the constant behind the displacement is not counted", "vol. 2A, 2.2.1.6: RIP-relative", "shld shrd rorx",
+          lambda case, insn, ours, theirs: insn.operands[-1].type == x86.X86_OP_IMM and insn.modrm & 0xC7 == 5
           and WORLDS[case.world].bits == 64),
     Error("the final value of the stack pointer is not tried", "vol. 2A, ENTER: #PF", "enter",
           lambda case, insn, ours, theirs: case.controls is not None and (
@@ -298,7 +324,7 @@ def differences(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcom
     if (ours.flags ^ theirs.flags) & compared:
         found.append(f"flags: {ours.flags & compared:#x}, not {theirs.flags & compared:#x}")
     places = different_places(ours.memory, theirs.memory)
-    if case.controls and (ours.vector == PF or left_sequence(case, ours)):
+    if case.controls and (ours.vector == PF or led_elsewhere(case, insn, ours)):
         # When a walk ends in a fault, Unicorn has set the accessed bit of the entries above the one at fault. The
         # manual says only that it is set where an entry is used for a translation (4.8), and there was none. Which
         # operand comes first it does not say. And where a jump leads to, Unicorn has looked at the code already.
@@ -311,9 +337,9 @@ def differences(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcom
     return found
 
 
-def left_sequence(case: Case, outcome: Outcome) -> bool:
-    """The instruction, the last one of the code, has led elsewhere than to what is behind it."""
-    return outcome.ip != CODE + len(case.code) - (CODE if WORLDS[case.world].real else 0)
+def led_elsewhere(case: Case, insn: capstone.CsInsn, outcome: Outcome) -> bool:
+    """The instruction was a jump, or did not get through."""
+    return outcome.ip != case.start + insn.size - (CODE if WORLDS[case.world].real else 0)
 
 
 def fields_of(found: list[str]) -> set[str]:
@@ -384,20 +410,19 @@ class Comparison:
             insn = instruction_at(case, end)
             if insn is None:
                 break
-            code = case.code[: end + insn.size - CODE] if CODE <= end < DATA else case.code
-            step = step._replace(code=code, start=end, instructions=1, repeats=repeats(insn))
+            step = step._replace(start=end, instructions=1, repeats=repeats(insn, end))
             outcome, found = self.check(step, insn)
             if found:
                 return step, outcome, found
             if outcome is None:
                 break
             ours, ports, end, number = outcome, ports + outcome.ports, end + insn.size, number + 1
-            if ends_block(step, insn, end, outcome):
+            if ends_block(step, insn, outcome):
                 break
             step = step._replace(registers=ours.registers, flags=ours.flags, memory=changed_memory(ours.memory))
         if number < 2:
             return step, ours, []
-        block = case._replace(code=case.code[: end - CODE], instructions=number)
+        block = case._replace(instructions=number)
         mine = self.ours.run(block)
         return block, mine, unlike(mine, ours._replace(ports=ports))
 
@@ -415,17 +440,14 @@ CHANGES_MORE = (
 ).split()
 
 
-def ends_block(case: Case, insn: capstone.CsInsn, end: int, outcome: Outcome) -> bool:
-    """Whether what comes behind an instruction that ends at `end` cannot be told by a Case.
-
-    It led elsewhere, or changed more than a Case has.
-    """
+def ends_block(case: Case, insn: capstone.CsInsn, outcome: Outcome) -> bool:
+    """Whether what comes then cannot be told by a Case: the instruction led elsewhere, or changed more than it has."""
     world = WORLDS[case.world]
     controls = (case.controls[0], 0, *case.controls[1:3]) if case.controls else world.controls
     return (
         outcome.vector is not None
         or outcome.flags & fl.TF != 0
-        or outcome.ip != end - (CODE if world.real else 0)
+        or led_elsewhere(case, insn, outcome)
         or outcome.selectors != world.selectors
         or outcome.controls != controls
         or insn.insn_name() in CHANGES_MORE

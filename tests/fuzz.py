@@ -99,7 +99,7 @@ def block(generator: Generator, ours: Ours) -> Case:
         case = case._replace(code=case.code + code, instructions=case.instructions + 1)
         outcome = ours.run(case)
         registers = outcome.registers
-        if ends_block(case, insn, CODE + len(case.code), outcome):
+        if ends_block(case._replace(start=CODE + len(case.code) - insn.size), insn, outcome):
             break
     return case
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
 import capstone
@@ -138,10 +139,33 @@ EDGES = sorted(
 )
 
 
-def repeats(insn: capstone.CsInsn) -> bool:
-    """Whether it is a string instruction with a REP prefix."""
+def repeats(insn: capstone.CsInsn, start: int = CODE) -> int:
+    """Where a string instruction with a REP prefix ends that begins at `start`; 0 if it is none."""
     prefixes = insn.bytes[: insn.bytes.index(insn.opcode[0])]
-    return insn.insn_name()[:-1] in STRINGS and (0xF2 in prefixes or 0xF3 in prefixes)
+    repeated = insn.insn_name()[:-1] in STRINGS and (0xF2 in prefixes or 0xF3 in prefixes)
+    return start + insn.size if repeated else 0
+
+
+def memory_operand(insn: capstone.CsInsn) -> object | None:
+    """The first one, if there is one."""
+    return next((operand.mem for operand in insn.operands if operand.type == x86.X86_OP_MEM), None)
+
+
+def segment_of(where: object) -> int:
+    """The segment register that a memory operand goes through."""
+    base = REGISTERS.get(where.base)
+    return SEGMENTS.get(where.segment, SS if base in (RSP, RBP) else DS)
+
+
+def offset_of(insn: capstone.CsInsn, where: object, registers: Sequence[int], start: int) -> int:
+    """The offset of a memory operand in its segment; the instruction begins at `start`."""
+    base, index = REGISTERS.get(where.base), REGISTERS.get(where.index)
+    offset = where.disp + (registers[base] if base is not None else 0)
+    if where.base in (x86.X86_REG_RIP, x86.X86_REG_EIP):
+        offset += start + insn.size
+    if index is not None:
+        offset += registers[index] * where.scale
+    return offset & (1 << insn.addr_size * 8) - 1
 
 
 class Unfit(Exception):
@@ -241,8 +265,7 @@ class Generator:
     def aim_operand(self, insn: capstone.CsInsn, where: object, code: bytearray, registers: list[int]) -> None:
         width = insn.addr_size * 8
         base, index = REGISTERS.get(where.base), REGISTERS.get(where.index)
-        segment = SEGMENTS.get(where.segment, SS if base in (RSP, RBP) else DS)
-        target = self.target(segment, width)
+        target = self.target(segment_of(where), width)
         mask, scale = (1 << width) - 1, where.scale
         if where.base in (x86.X86_REG_RIP, x86.X86_REG_EIP):
             self.patch(insn, code, target - self.start - insn.size)
@@ -321,20 +344,12 @@ class Generator:
 
     def place(self, insn: capstone.CsInsn, registers: list[int]) -> int | None:
         """The linear address of the memory operand, if there is one, now that it has been aimed; -1: out of reach."""
-        for operand in insn.operands:
-            if operand.type == x86.X86_OP_MEM:
-                where = operand.mem
-                base, index = REGISTERS.get(where.base), REGISTERS.get(where.index)
-                offset = where.disp + (registers[base] if base is not None else 0)
-                if where.base in (x86.X86_REG_RIP, x86.X86_REG_EIP):
-                    offset += self.start + insn.size
-                if index is not None:
-                    offset += registers[index] * where.scale
-                segment = SEGMENTS.get(where.segment, SS if base in (RSP, RBP) else DS)
-                offset &= (1 << insn.addr_size * 8) - 1
-                beyond_limit = self.world.bits == 16 and offset > 0x10000 - ROOM
-                return -1 if beyond_limit else offset + self.base(segment)
-        return None
+        operand = memory_operand(insn)
+        if operand is None:
+            return None
+        offset = offset_of(insn, operand, registers, self.start)
+        beyond_limit = self.world.bits == 16 and offset > 0x10000 - ROOM
+        return -1 if beyond_limit else offset + self.base(segment_of(operand))
 
     def stack(self, registers: list[int]) -> int:
         """The linear address of the top of the stack."""

@@ -106,7 +106,7 @@ def number(text: str, bits: int) -> int:
 def with_repeats(case: Case) -> Case:
     """The case with what follows from its code."""
     insn = instruction_at(case, case.start)
-    return case._replace(repeats=case.instructions == 1 and insn is not None and repeats(insn))
+    return case._replace(repeats=repeats(insn, case.start) if insn and case.instructions == 1 else 0)
 
 
 # --- Smaller ----------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def shorter_code(case: Case) -> Iterator[Case]:
     for index, piece in enumerate(pieces):
         before, after = b"".join(pieces[:index]), b"".join(pieces[index + 1 :])
         if len(pieces) > 1:
-            yield with_repeats(case._replace(code=before + after, instructions=max(1, len(pieces) - 1)))
+            yield with_repeats(case._replace(code=before + after, instructions=max(1, case.instructions - 1)))
         insn = decode(piece, WORLDS[case.world].bits)
         prefixes = piece.index(insn.opcode[0]) if insn else 0
         for place in range(prefixes):

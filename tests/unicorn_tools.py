@@ -146,7 +146,7 @@ class Case(NamedTuple):
     flags: int
     memory: Memory = ()  # what differs from the usual content
     instructions: int = 1
-    repeats: bool = False  # has a REP prefix
+    repeats: int = 0  # where the instruction ends if it has a REP prefix
     start: int = CODE  # linear address of the first instruction
     controls: tuple[int, int, int, int] | None = None  # CR0, CR3, CR4, EFER, where they are not the world's
 
@@ -387,7 +387,7 @@ class Theirs:
             if case.instructions == 1 and not case.repeats:
                 self.uc.emu_start(case.start, 0, count=1)
             else:  # Unicorn counts each round of a REP; the code has no jumps, so it ends at its end
-                self.uc.emu_start(case.start, CODE + len(case.code), count=MAX_ROUNDS)
+                self.uc.emu_start(case.start, case.repeats or CODE + len(case.code), count=MAX_ROUNDS)
         except unicorn.UcError as error:
             if error.errno == unicorn.UC_ERR_INSN_INVALID:
                 vector = UD
