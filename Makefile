@@ -24,7 +24,7 @@ test: $(VENV)/.installed-test  ## run the tests
 
 fuzz: $(VENV)/.installed-test  ## compare random instructions with Unicorn for so many minutes: make fuzz MINUTES=10
 	$(IN_VENV) -m tests.fuzz --minutes '$(MINUTES)'
-MINUTES = 5
+MINUTES ?= 5
 
 # What proves the instructions, without what needs a VM around them.  In one process: a tracer has to see all of it.
 CPU_TESTS = $(addprefix tests/test_,$(addsuffix .py,core_corners cpuid debug_exceptions fast_calls fpu_state \

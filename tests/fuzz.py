@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import queue
@@ -51,22 +53,33 @@ MAX_FAILURES = 20  # of different kinds: then it is time to look at them
 
 def cases(seed: str) -> Iterator[tuple[str, Case]]:
     """Cases without end, and of what kind each is."""
-    machines = {world.name: Ours(world) for world in WORLDS.values()}
-    number = 0
-    while True:
+    for number in itertools.count():
         for world in WORLDS.values():
-            generator = Generator(world, f"{seed} {number}")
-            yield from single_instructions(generator)
-            for _ in range(PER_ROUND["blocks"]):
-                yield "blocks", block(generator, machines[world.name])
-        rng = random.Random(f"pages {seed} {number}")
-        for layout in FORMATS:
-            for level in (0, 3):
-                for _ in range(PER_ROUND["page tables"]):
-                    case = access(layout, level, rng) if rng.random() < 0.8 else fetch(layout, level, rng)
-                    if case:
-                        yield "page tables", case
-        number += 1
+            yield from cases_in(world, f"{seed} {number}")
+        yield from page_tables(f"{seed} {number}")
+
+
+def cases_in(world: World, seed: str) -> Iterator[tuple[str, Case]]:
+    """A round in one world: each instruction by itself, and some in a row."""
+    generator, ours = Generator(world, seed), our_processor(world)
+    yield from single_instructions(generator)
+    for _ in range(PER_ROUND["blocks"]):
+        yield "blocks", block(generator, ours)
+
+
+@functools.cache
+def our_processor(world: World) -> Ours:
+    return Ours(world)
+
+
+def page_tables(seed: str) -> Iterator[tuple[str, Case]]:
+    """A round of random page tables."""
+    rng = random.Random(f"pages {seed}")
+    for layout, level in itertools.product(FORMATS, (0, 3)):
+        for _ in range(PER_ROUND["page tables"]):
+            case = access(layout, level, rng) if rng.random() < 0.8 else fetch(layout, level, rng)
+            if case:
+                yield "page tables", case
 
 
 def single_instructions(generator: Generator) -> Iterator[tuple[str, Case]]:
@@ -230,13 +243,11 @@ class Run:
         ]
         for worker in workers:
             worker.start()
+        signal.signal(signal.SIGINT, lambda *_: self.stopped.set())
         told = self.began
         while any(worker.is_alive() for worker in workers) or not reports.empty():
-            try:
-                with contextlib.suppress(queue.Empty):
-                    self.take(*reports.get(timeout=0.5))
-            except KeyboardInterrupt:
-                self.stopped.set()
+            with contextlib.suppress(queue.Empty):
+                self.take(*reports.get(timeout=0.5))
             if len(self.failures) >= MAX_FAILURES:
                 self.stopped.set()
             if time.monotonic() > told + TELL_EVERY:
@@ -245,8 +256,8 @@ class Run:
         for number, worker in enumerate(workers):
             worker.join()
             if worker.exitcode:
-                died = Failure((f"{number}",), f"process {number} ended with exit code {worker.exitcode}")
-                self.take(collections.Counter(), [died])
+                text = f"process {number} has died ({worker.exitcode})"
+                self.take(collections.Counter(), [Failure((text,), text)])
 
     def take(self, counts: collections.Counter[tuple[str, str]], failures: list[Failure]) -> None:
         """What a process reports."""

@@ -86,7 +86,7 @@ def from_text(text: str) -> Case:
         raise NoCase(f"it is no JSON: {error}.") from None
     except KeyError as error:
         raise NoCase(f"{error} is missing.") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise NoCase(f"something in it is of the wrong kind: {error}.") from None
     if not 0 < len(case.code) <= MAX_CODE or not 0 < case.instructions <= MAX_INSTRUCTIONS:
         raise NoCase(f"it has between 1 and {MAX_CODE} bytes of code, and 1 to {MAX_INSTRUCTIONS} instructions.")
