@@ -212,7 +212,7 @@ def far_return(cpu: Cpu, width: int, released: int) -> None:
         seg.mark_accessed(cpu, code, ss)
         cpu.set_code_segment(code, cpl)
         cpu.set_stack_segment(ss)
-        cpu.regs[RSP].value = rsp
+        cpu.set_stack_pointer(rsp)
         cpu.move_stack_pointer(released)
         drop_privileged_segments(cpu)
     cpu.next_ip = ip

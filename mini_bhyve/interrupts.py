@@ -279,8 +279,7 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
     cpu.set_code_segment(code, cpl)
     if stack_too:
         cpu.set_stack_segment(ss)
-        mask = cpu.stack_mask
-        cpu.regs[RSP].value = cpu.regs[RSP].value & ~mask | rsp & mask
+        cpu.set_stack_pointer(rsp)
     if leaving:
         drop_privileged_segments(cpu)
     cpu.next_ip = ip

@@ -249,6 +249,17 @@ def test_what_level_0_had_in_its_data_segments_is_gone_in_level_3():
     assert (guest.cpu.regs[RAX].value, guest.cpu.regs[RBX].value) == (0x23, 0)
 
 
+@pytest.mark.parametrize("flags, return_", [("", "cb"), ("9c", "cf")], ids=["retf", "iret"])
+def test_of_a_stack_pointer_for_a_16_bit_stack_only_the_low_half_is_returned_to(flags, return_):
+    # push 43h; push 1234D000h; (pushf;) push 1Bh; push 0A000h; retf or iret
+    guest = Guest(f"6a43 68 00d03412 {flags} 6a1b 68 00a00000 {return_}")
+    guest.words(GDT + 0x40, [0x0000FFFF, 0x0000F300])
+    guest.memory.load(0xA000, assemble("89e1 cd81"))  # mov ecx, esp; int 81h
+    guest.run()
+    assert guest.ended_in == END
+    assert guest.cpu.regs[RCX].value == 0xD000
+
+
 @pytest.mark.parametrize(
     "stack_segment, stack_top, tss_limit, expected",
     [
