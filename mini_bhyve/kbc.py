@@ -169,6 +169,7 @@ class KeyboardController(Device):
     # -- The keyboard
 
     def _keyboard(self, value: int) -> None:
+        self.memory[0] &= ~BYTE_KEYBOARD_OFF  # it could not be sent otherwise
         command, self.keyboard_command = self.keyboard_command, 0
         if command:
             answer = ACKNOWLEDGE + (bytes([CODE_SET_2]) if command == CODE_SET and value == 0 else b"")
