@@ -8,7 +8,7 @@ VENV   := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 IN_VENV = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage docs bench guests lint clean
+.PHONY: help demo test fuzz coverage docs bench guests lint clean
 .NOTPARALLEL:  # two pip must not write into one environment
 .DELETE_ON_ERROR:
 
@@ -21,6 +21,10 @@ demo: $(VENV)/.installed  ## boot a VM, suspend it, restore it, see it go on
 
 test: $(VENV)/.installed-test  ## run the tests
 	$(IN_VENV) -m pytest -n auto
+
+fuzz: $(VENV)/.installed-test  ## compare random instructions with Unicorn for so many minutes: make fuzz MINUTES=10
+	$(IN_VENV) -m tests.fuzz --minutes '$(MINUTES)'
+MINUTES ?= 5
 
 # What proves the instructions, without what needs a VM around them.  In one process: a tracer has to see all of it.
 CPU_TESTS = $(addprefix tests/test_,$(addsuffix .py,core_corners cpuid debug_exceptions fast_calls fpu_state \

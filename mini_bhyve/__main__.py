@@ -21,14 +21,15 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, NoReturn
 
-from mini_bhyve.config import Config, ConfigError
+from mini_bhyve.config import DISK_DEVICES, Config, ConfigError
 from mini_bhyve.console import Console, ConsoleError, open_console
+from mini_bhyve.disk import DiskError
 from mini_bhyve.faults import VmExit
 from mini_bhyve.ipc import IpcError, init_ipc, run_dir_for
-from mini_bhyve.loader import LoaderError
 from mini_bhyve.machine import ExitCode, Machine
 from mini_bhyve.memory import GuestMemoryError
 from mini_bhyve.snapshot import Snapshot, SnapshotError, load_snapshot
+from mini_bhyve.start import LoaderError
 
 # --- The command line -------------------------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ def configure_cpus(config: Config, topology: str) -> None:
 
 
 def configure_slot(config: Config, device: str) -> None:
-    """`-s SLOT,ide,PATH[,ro]`: a device in a PCI slot. The slot may be written 1, 1:0 or 0:1:0, as for bhyve."""
+    """`-s SLOT,DEVICE,PATH[,ro]`: a disk in a PCI slot. The slot may be written 1, 1:0 or 0:1:0, as for bhyve."""
     slot, *rest = device.split(",")
     numbers = slot.split(":")
     if len(numbers) == 3 and numbers[0] == "0":
@@ -88,11 +89,13 @@ def configure_slot(config: Config, device: str) -> None:
         del numbers[1]
     prefix = f"pci.0.{numbers[0]}.0"
     if len(numbers) != 1 or not rest:
-        raise ConfigError(f"-s {device}: expected SLOT,ide,PATH or SLOT,ide,PATH,ro")
+        raise ConfigError(f"-s {device}: expected SLOT,ide,PATH or SLOT,virtio-blk,PATH, and perhaps ,ro")
+    if config.get(f"{prefix}.device"):
+        raise ConfigError(f"-s {device}: slot {numbers[0]} is occupied already")
     config.set(f"{prefix}.device", rest[0])
-    if rest[0] == "ide":
+    if rest[0] in DISK_DEVICES:
         if len(rest) < 2 or not rest[1] or rest[2:] not in ([], ["ro"]):
-            raise ConfigError(f"-s {device}: expected SLOT,ide,PATH or SLOT,ide,PATH,ro")
+            raise ConfigError(f"-s {device}: expected SLOT,{rest[0]},PATH or SLOT,{rest[0]},PATH,ro")
         config.set(f"{prefix}.path", rest[1])
         config.set(f"{prefix}.ro", "true" if rest[2:] else "false")
 
@@ -127,9 +130,13 @@ def build_parser() -> argparse.ArgumentParser:
     option("-l", metavar="DEVICE,PATH", apply=configure_lpc,
            help="com1,stdio (default), com1,PATH of a file or a unix socket, or bootrom,FILE")  # fmt: skip
     option("-o", metavar="VAR=VALUE", apply=Config.assign, help="set a variable")
-    option("-s", metavar="SLOT,ide,PATH[,ro]", apply=configure_slot, help="a disk in a PCI slot")
-    option("--kernel", metavar="FILE", apply=sets("kernel"), help="an ELF or Multiboot kernel, or a boot image")
-    option("--initrd", metavar="FILE", apply=sets("initrd"), help="a module for the kernel")
+    option("-s", metavar="SLOT,DEVICE,PATH[,ro]", apply=configure_slot,
+           help="a disk in a PCI slot, ro: read-only; DEVICE is virtio-blk or ide: of two, that in the lower slot is "
+           "the master")  # fmt: skip
+    option("--kernel", metavar="FILE", apply=sets("kernel"),
+           help="a Linux kernel (bzImage or vmlinux), an ELF or Multiboot kernel, or a boot image")  # fmt: skip
+    option("--initrd", metavar="FILE", apply=sets("initrd"),
+           help="what Linux gets as its initial RAM disk, a Multiboot kernel as a module")  # fmt: skip
     option("--append", metavar="STRING", apply=sets("append"), help="the kernel's command line")
     parser.add_argument("-r", metavar="SNAPSHOT", dest="snapshot", help="go on from a snapshot")
 
@@ -144,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 # --- Errors and exit codes --------------------------------------------------------------------------------------------
 
-EXPECTED_ERRORS = (ConfigError, ConsoleError, GuestMemoryError, IpcError, LoaderError, SnapshotError, VmExit)
+EXPECTED_ERRORS = (ConfigError, ConsoleError, DiskError, GuestMemoryError, IpcError, LoaderError, SnapshotError, VmExit)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """What becomes of an instruction that the processor does not have: #UD, or #NM where a control bit says so.
 
-Mirrors Intel SDM vol. 3A, 2.5 (CR0.EM, TS; CR4.OSFXSR) and the exception tables of vol. 2A, 2.4. CPUID offers no x87,
-no MMX and no SSE, but a kernel that sets CR0.TS expects #NM all the same, when a program first uses one of them. So
-the control bits are looked at each time before it is said that there is no such instruction.
+Mirrors Intel SDM vol. 3A, 2.5 (CR0.EM, TS; CR4.OSFXSR) and the exception tables of vol. 2A, 2.4. Of x87, MMX
+and SSE there is nothing that computes, but a kernel that sets CR0.TS expects #NM all the same, when a program first
+uses one of them. So the control bits are looked at each time before it is said that there is no such instruction.
 
 For the guest that is all. For the user, who may wonder why a program died, the processor says what it was, too
 (`Cpu.tell_absent`).

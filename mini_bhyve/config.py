@@ -119,7 +119,7 @@ VARIABLES = {
 
 # One PCI slot. Only bus 0 and function 0 exist here.
 SLOT_VARIABLES = {
-    "device": Variable(one_of("ide", "hostbridge", "lpc"), None, "what is in the slot"),
+    "device": Variable(one_of("ide", "virtio-blk", "hostbridge", "lpc"), None, "what is in the slot"),
     "path": Variable(text, None, "the disk's image"),
     "ro": Variable(boolean, "false", "whether the disk is read-only"),
 }
@@ -136,10 +136,16 @@ WITHOUT_MEANING = {
 }  # fmt: skip
 
 
+# What a disk may be behind, and how many there can be of each kind: master and slave on the one IDE channel, and as
+# many virtio disks as a PC has interrupt lines to spare.
+DISK_DEVICES = {"ide": 2, "virtio-blk": 4}
+
+
 class Disk(NamedTuple):
     slot: int
     path: str
     read_only: bool
+    device: str = "ide"
 
 
 def variable_named(name: str) -> Variable:
@@ -228,7 +234,7 @@ class Config:
         return int(variable_named(name).parse(self.require(name)))
 
     def disks(self) -> list[Disk]:
-        """The disks by rising slot number. Raises ConfigError if a slot is only half described."""
+        """The disks by rising slot number. Raises ConfigError if a slot is half described, or there are too many."""
         slots = sorted({int(name.split(".")[2]) for name in self._values if SLOT_NAME.fullmatch(name)})
         disks = []
         for slot in slots:
@@ -236,10 +242,14 @@ class Config:
             device, path = self.get(f"{prefix}.device"), self.get(f"{prefix}.path")
             if device is None:
                 raise ConfigError(f"{prefix}.device is not set: what is in slot {slot}?")
-            if device == "ide":
+            if device in DISK_DEVICES:
                 if not path:
                     raise ConfigError(f"{prefix}.path is not set: the disk in slot {slot} needs an image")
-                disks.append(Disk(slot, path, self.get_bool(f"{prefix}.ro")))
+                disks.append(Disk(slot, path, self.get_bool(f"{prefix}.ro"), device))
+        for kind, limit in DISK_DEVICES.items():
+            taken = [str(disk.slot) for disk in disks if disk.device == kind]
+            if len(taken) > limit:
+                raise ConfigError(f"there can be at most {limit} {kind} disks, but slots {', '.join(taken)} have one")
         return disks
 
     def dump(self) -> str:

@@ -56,7 +56,7 @@ from mini_bhyve.registers import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from mini_bhyve.loader import Start
+    from mini_bhyve.start import Start
 
 REGISTER_NAMES = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
 

@@ -1,8 +1,8 @@
 """CPUID: what the processor says of itself, in one table with the meaning beside each bit.
 
-Mirrors Intel SDM vol. 2A, CPUID, and FreeBSD's sys/amd64/vmm/x86.c. It offers what is implemented and nothing else: a
-new instruction or mode is one more line in `FEATURES`. What may be set in CR4 and EFER follows from the same table, so
-that no feature can be switched on that is not offered.
+Mirrors Intel SDM vol. 2A, CPUID, and FreeBSD's sys/amd64/vmm/x86.c. It offers what is implemented and, but for the x87,
+nothing else: a new instruction or mode is one more line in `FEATURES`. What may be set in CR4 and EFER follows from the
+same table, so that no feature can be switched on that is not offered.
 
     CPUID takes a leaf in EAX and, for some leaves, a subleaf in ECX; it answers in EAX, EBX, ECX and EDX.
     FEATURES   (leaf, subleaf, register) -> the bits of that register, each a thing that the processor can do
@@ -71,6 +71,9 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
         31: Feature("HYPERVISOR", "a hypervisor is present"),
     },
     (0x1, 0, EDX): {
+        # More than there is: nothing computes with the x87 yet. But Linux, even if its programs do not either, stops
+        # without this bit, and what it needs itself is there (instructions/x87_control.py).
+        0: Feature("FPU", "x87"),
         2: Feature("DE", "breakpoints on ports", cr4=CR4_DE),
         3: Feature("PSE", "4-MByte pages", cr4=CR4_PSE),
         4: Feature("TSC", "RDTSC", cr4=CR4_TSD),

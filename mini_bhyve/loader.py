@@ -2,98 +2,53 @@
 
 Mirrors bhyveload(8) for kernels and bhyve(8)'s `-l bootrom` for firmware. Read here together with
 
-* the ELF specification (System V ABI, "Program Header"), read with pyelftools;
 * the Multiboot Specification, version 0.6.96: section 3.1 (header), 3.2 (machine state), 3.3 (boot information);
-* Intel SDM vol. 3A, 3.4.5 (segment descriptors), 4.5 (4-level paging), 9.1.4 (first instruction after reset).
+* Intel SDM vol. 3A, 9.1.4 (first instruction after reset).
 
 What a loader cannot put into memory, it says in a `Start`: the mode, the first instruction, the registers.
 
     what it is                       where it goes           how it is entered
     boot sector, flat image          0000:7C00               real mode, as a BIOS does
     boot ROM                         ends at FFFFF           real mode, at the reset vector
-    ELF32, Multiboot                 where its headers say   protected mode, flat, no paging
-    ELF64                            where its headers say   long mode, first 4 GiB mapped 1:1
+    ELF32, Multiboot                 where its headers say   protected mode, flat, no paging     elf.py
+    ELF64                            where its headers say   long mode, first 4 GiB mapped 1:1   elf.py
+    Linux: bzImage, vmlinux          where its headers say   as ELF32 or ELF64, with a zero page linux_loader.py
 
-For the last two, what the loader itself makes lies in the last 64 KiB of the base memory, where kernels seldom are:
-
-    A0000  +---------------------------------------+  <- stack pointer
-           | stack, 32 KiB                         |
-    98000  +---------------------------------------+
-           | ELF64: PML4, PDPT, 4 page directories |
-           | Multiboot: the boot information       |
-    91000  +---------------------------------------+
-           | GDT                                   |
-    90000  +---------------------------------------+
+What the last three need besides lies at the end of the base memory: `start.py`.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import struct
-from dataclasses import dataclass
 from importlib import resources
-from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from mini_bhyve.cpuid import SIGNATURE
+from mini_bhyve.elf import ELF_MAGIC, load_segments, place
+from mini_bhyve.linux_loader import is_linux, load_linux
+from mini_bhyve.start import (
+    BASE_MEMORY_END,
+    PAGE_SIZE,
+    PML4_ADDRESS,
+    STACK_LIMIT,
+    STACK_TOP,
+    LoaderError,
+    Start,
+    flat_start,
+    read_file,
+)
 
 if TYPE_CHECKING:
     from mini_bhyve.memory import GuestMemory
 
-PAGE_SIZE = 4096
 ONE_MIB = 1 << 20
-FOUR_GIB = 1 << 32
 
 BOOT_SECTOR_ADDRESS = 0x7C00
 BOOT_SECTOR_SIZE = 512
 BOOT_SIGNATURE = b"\x55\xaa"
 FIRST_HARD_DISK = 0x80  # the BIOS's number of the drive booted from, in DL
-BASE_MEMORY_END = 0xA0000
 MAX_BOOTROM = 128 << 10  # E0000-FFFFF is what a PC has for its BIOS
-
-# The last 64 KiB of base memory (see above).
-GDT_ADDRESS = 0x90000
-PML4_ADDRESS = 0x91000
-PDPT_ADDRESS = 0x92000
-PAGE_DIRECTORIES = 0x93000
-MULTIBOOT_INFO = 0x91000
-STACK_LIMIT = 0x98000
-STACK_TOP = BASE_MEMORY_END
-
-CODE_SELECTOR = 0x08
-DATA_SELECTOR = 0x10
-
-
-class LoaderError(Exception):
-    """The file cannot be loaded; the message is one sentence that names the file and what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """The state of the processor when the guest's first instruction runs. Interrupts are off in every mode.
-
-    mode        "real", "protected" (paging off) or "long" (CR0.PG, CR4.PAE, EFER.LME and LMA set)
-    entry       offset of the first instruction in the code segment
-    registers   general registers by name, "eax" or "rax"; those not named are 0
-    code_selector, code_base    of CS
-    data_selector               of DS, ES, FS, GS and SS. In real mode its base is 16 times that; else all segments are
-                                flat: base 0, limit 4 GiB, as the descriptors in the GDT say
-    gdt_base, gdt_limit         for GDTR; in real mode as after a reset, and of no use
-    cr3                         physical address of the PML4; long mode only
-
-    In modes "protected" and "long" the A20 gate is open.
-    """
-
-    mode: str
-    entry: int
-    registers: dict[str, int]
-    code_selector: int = 0
-    code_base: int = 0
-    data_selector: int = 0
-    gdt_base: int = 0
-    gdt_limit: int = 0xFFFF
-    cr3: int = 0
 
 
 # --- Real mode: boot sectors and ROMs ---------------------------------------------------------------------------------
@@ -156,158 +111,44 @@ def embedded_guest(name: str) -> bytes:
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
-def load_kernel(memory: GuestMemory, path: str, append: str = "", initrd: str | None = None) -> Start:
-    """Load the kernel in the file `path`: Multiboot, ELF64, ELF32 or a flat image with a boot signature.
+def load_kernel(
+    memory: GuestMemory, path: str, append: str = "", initrd: str | None = None, for_linux: str = ""
+) -> Start:
+    """Load the kernel in the file `path`: Linux, Multiboot, ELF64, ELF32 or a flat image with a boot signature.
 
-    `append` is the command line and `initrd` the file of a module, which only a Multiboot kernel can be given.
+    `append` is the command line and `initrd` the file of a module, which only Linux and Multiboot kernels can be given.
+    `for_linux` comes before `append` if it is Linux: what the machine itself has to tell it.
     LoaderError names the file and what is wrong.
     """
     data = read_file(path)
     header = find_multiboot_header(data)
     if header is not None:
         return _load_multiboot(memory, path, data, header, append, initrd)
+    if is_linux(data):
+        return load_linux(memory, path, data, " ".join(filter(None, (for_linux, append))), initrd)
     if append or initrd:
-        raise LoaderError(f"{path}: no Multiboot header, so it can be given neither a command line nor an initrd")
-    if data.startswith(b"\x7fELF"):
+        raise LoaderError(
+            f"{path}: neither Linux nor a Multiboot kernel, so it can be given neither a command line nor an initrd"
+        )
+    if data.startswith(ELF_MAGIC):
         return _load_elf(memory, path, data)
-    if data[0x202:0x206] == b"HdrS":
-        raise LoaderError(f"{path}: a Linux kernel; only ELF, Multiboot and flat images can be started")
     if data[BOOT_SECTOR_SIZE - 2 : BOOT_SECTOR_SIZE] == BOOT_SIGNATURE:
         return load_flat(memory, data)
     raise LoaderError(
-        f"{path}: neither an ELF file nor a Multiboot kernel nor a flat image with the bytes 55 aa at offset 510"
+        f"{path}: neither Linux nor an ELF file nor a Multiboot kernel nor a flat image with the bytes 55 aa at "
+        "offset 510"
     )
 
 
 def _load_elf(memory: GuestMemory, path: str, data: bytes) -> Start:
     """An ELF kernel without a Multiboot header: nobody has defined how it is entered, so it gets a flat machine."""
-    elf_class, entry, _ = _load_segments(memory, path, data)
-    gdt_limit = _write_gdt(memory, elf_class == 64)
-    if elf_class == 32:
-        return _flat_start("protected", entry, {"esp": STACK_TOP}, gdt_limit)
-    _write_identity_page_tables(memory)
-    return _flat_start("long", entry, {"rsp": STACK_TOP}, gdt_limit, cr3=PML4_ADDRESS)
-
-
-def _flat_start(mode: str, entry: int, registers: dict[str, int], gdt_limit: int, cr3: int = 0) -> Start:
-    return Start(
-        mode,
-        entry,
-        registers,
-        code_selector=CODE_SELECTOR,
-        data_selector=DATA_SELECTOR,
-        gdt_base=GDT_ADDRESS,
-        gdt_limit=gdt_limit,
-        cr3=cr3,
-    )
-
-
-def _load_segments(memory: GuestMemory, path: str, data: bytes) -> tuple[int, int, int]:
-    """Put the segments of an ELF file at their *physical* addresses. Returns (32 or 64, physical entry, end).
-
-    A kernel that is linked for the upper half of the address space has virtual addresses that mean nothing until it has
-    turned on paging for itself. Its entry point is such an address too, so it is moved along with its segment.
-    """
-    # Only here, because importing it takes longer than starting most guests. Its ELFFile would read the section headers
-    # too, of which a loader knows nothing: only the layout of the structures is taken from it.
-    from elftools.common.exceptions import ELFError
-    from elftools.common.utils import struct_parse
-    from elftools.elf.structs import ELFStructs
-
-    elf_class = {b"\x01": 32, b"\x02": 64}.get(data[4:5])
-    if elf_class is None:
-        raise LoaderError(f"{path}: damaged ELF file, neither of the 32-bit class nor of the 64-bit class")
-    structs = ELFStructs(little_endian=data[5:6] == b"\x01", elfclass=elf_class)
-    structs.create_basic_structs()
-    stream = BytesIO(data)
-    try:
-        elf = struct_parse(structs.Elf_Ehdr, stream, 0)
-    except ELFError as error:
-        raise LoaderError(f"{path}: damaged ELF header ({error})") from None
-    if elf["e_machine"] != {32: "EM_386", 64: "EM_X86_64"}[elf_class] or not structs.little_endian:
-        raise LoaderError(f"{path}: an ELF{elf_class} file, but not for the x86 processor")
-    if elf["e_type"] != "ET_EXEC":
-        raise LoaderError(f"{path}: not linked to fixed addresses (ELF type {elf['e_type']}, expected ET_EXEC)")
-
-    structs.create_advanced_structs(elf["e_type"], elf["e_machine"], elf["e_ident"]["EI_OSABI"])
-    offset, size, count = elf["e_phoff"], elf["e_phentsize"], elf["e_phnum"]
-    if size < structs.Elf_Phdr.sizeof() or offset + count * size > len(data):
-        raise LoaderError(f"{path}: the ELF program headers lie beyond the end of the file")
-    headers = [struct_parse(structs.Elf_Phdr, stream, offset + i * size) for i in range(count)]
-    segments = [header for header in headers if header["p_type"] == "PT_LOAD" and header["p_memsz"]]
-    if not segments:
-        raise LoaderError(f"{path}: an ELF file with nothing to load")
-
-    entry, end = elf["e_entry"], 0
-    for segment in segments:
-        start, length = segment["p_offset"], segment["p_filesz"]
-        if start + length > len(data) or length > segment["p_memsz"]:
-            raise LoaderError(f"{path}: the segment at {segment['p_paddr']:#x} lies beyond the end of the file")
-        _place(memory, path, segment["p_paddr"], data[start : start + length], segment["p_memsz"])
-        end = max(end, segment["p_paddr"] + segment["p_memsz"])
-    for segment in segments:
-        if 0 <= entry - segment["p_vaddr"] < segment["p_memsz"]:
-            return elf_class, entry - segment["p_vaddr"] + segment["p_paddr"], end
-    raise LoaderError(f"{path}: the entry point {entry:#x} lies in none of the segments")
-
-
-def _place(memory: GuestMemory, path: str, address: int, data: bytes, size: int) -> None:
-    """Put `data` at `address`, then zeros up to `size` bytes; LoaderError where that hits the end or the loader."""
-    if address + size > memory.size:
-        raise LoaderError(
-            f"{path}: needs memory up to {address + size:#x}, but the guest has only {memory.size >> 20} MiB"
-        )
-    if address < BASE_MEMORY_END and address + size > GDT_ADDRESS:
-        raise LoaderError(
-            f"{path}: its part at {address:#x} lies on {GDT_ADDRESS:#x}-{BASE_MEMORY_END - 1:#x}, "
-            "which the loader needs for itself"
-        )
-    memory.load(address, data)
-    memory.load(address + len(data), bytes(size - len(data)))
-
-
-def _write_gdt(memory: GuestMemory, long_mode: bool) -> int:
-    """Write three descriptors: the null one, flat code at 08h, flat data at 10h. Returns the limit for GDTR.
-
-    A segment descriptor (SDM vol. 3A, 3.4.5), here with base 0 and limit FFFFFh, counted in pages (G): 4 GiB.
-
-        63        56  55  54  53  52  51    48  47   46-45  44  43    40  39        32
-        | base 31:24 | G | D | L |   | limit  | P | DPL  | S |  type  | base 23:16 |
-        31                                  16  15                                   0
-        |           base 15:0                 |               limit 15:0             |
-
-    L marks 64-bit code, D 32-bit code or stack; both at once are reserved. The type has "accessed" set already, so that
-    the processor need not write to the GDT.
-    """
-    code = 0xB  # execute, read, accessed
-    data = 0x3  # read, write, accessed
-    present_segment = 0x9 << 4  # P, DPL 0, S: not a system segment
-    flat = 0xFFFF | 0xF << 48 | 1 << 55
-    size_bit = 1 << 53 if long_mode else 1 << 54
-    gdt = struct.pack(
-        "<QQQ", 0, flat | size_bit | (present_segment | code) << 40, flat | 1 << 54 | (present_segment | data) << 40
-    )
-    memory.load(GDT_ADDRESS, gdt)
-    return len(gdt) - 1
-
-
-def _write_identity_page_tables(memory: GuestMemory) -> None:
-    """Map the first 4 GiB of linear addresses to the same physical ones, in pages of 2 MiB (SDM vol. 3A, 4.5).
-
-        PML4 [0] -> PDPT [0..3] -> four page directories of 512 entries, each a page
-
-    Four entries of the PDPT and not only those with RAM behind, because the ROM and devices lie high.
-    """
-    present, writable, page_size = 1 << 0, 1 << 1, 1 << 7
-    table = present | writable
-    memory.load(PML4_ADDRESS, struct.pack("<Q", PDPT_ADDRESS | table))
-    memory.load(PDPT_ADDRESS, struct.pack("<4Q", *(PAGE_DIRECTORIES + PAGE_SIZE * i | table for i in range(4))))
-    pages = range(0, FOUR_GIB, 2 << 20)
-    memory.load(PAGE_DIRECTORIES, struct.pack(f"<{len(pages)}Q", *(page | table | page_size for page in pages)))
+    bits, entry, _ = load_segments(memory, path, data)
+    return flat_start(memory, bits, entry, {"rsp" if bits == 64 else "esp": STACK_TOP})
 
 
 # --- Multiboot --------------------------------------------------------------------------------------------------------
 
+MULTIBOOT_INFO = PML4_ADDRESS
 MULTIBOOT_SEARCH = 8192  # the header lies wholly within the first 8192 bytes of the file
 MULTIBOOT_HEADER_MAGIC = 0x1BADB002
 MULTIBOOT_BOOTLOADER_MAGIC = 0x2BADB002
@@ -366,8 +207,8 @@ def _load_multiboot(
         raise LoaderError(f"{path}: the Multiboot header asks for what this loader does not have (flags {unknown:#x})")
     if header.flags & HAS_ADDRESSES:
         entry, end = _load_by_addresses(memory, path, data, header)
-    elif data.startswith(b"\x7fELF"):
-        _, entry, end = _load_segments(memory, path, data)
+    elif data.startswith(ELF_MAGIC):
+        _, entry, end = load_segments(memory, path, data)
     else:
         raise LoaderError(f"{path}: a Multiboot kernel that is not ELF and whose header has no load addresses")
 
@@ -376,12 +217,12 @@ def _load_multiboot(
         # Behind the kernel, and always on a page boundary, whether the header asks for it or not.
         start = -(-max(end, ONE_MIB) // PAGE_SIZE) * PAGE_SIZE
         contents = read_file(initrd)
-        _place(memory, initrd, start, contents, len(contents))
+        place(memory, initrd, start, contents, len(contents))
         modules.append((start, start + len(contents), initrd))
     # The first word of the command line is the kernel's name, like a program's argv[0].
     _write_multiboot_info(memory, path, f"{path} {append}".rstrip(), modules)
     registers = {"eax": MULTIBOOT_BOOTLOADER_MAGIC, "ebx": MULTIBOOT_INFO, "esp": STACK_TOP}
-    return _flat_start("protected", entry, registers, _write_gdt(memory, long_mode=False))
+    return flat_start(memory, 32, entry, registers)
 
 
 def _load_by_addresses(memory: GuestMemory, path: str, data: bytes, header: MultibootHeader) -> tuple[int, int]:
@@ -400,7 +241,7 @@ def _load_by_addresses(memory: GuestMemory, path: str, data: bytes, header: Mult
         raise LoaderError(f"{path}: the load addresses in the Multiboot header do not fit the file")
     if not 0 <= header.entry_addr - header.load_addr < size:
         raise LoaderError(f"{path}: the Multiboot entry point {header.entry_addr:#x} lies outside the kernel")
-    _place(memory, path, header.load_addr, data[first:last], size)
+    place(memory, path, header.load_addr, data[first:last], size)
     return header.entry_addr, header.load_addr + size
 
 
@@ -454,17 +295,3 @@ def _memory_map(size: int) -> bytes:
         (ONE_MIB, size, MEMORY_AVAILABLE),
     ]
     return b"".join(struct.pack("<IQQI", 20, start, end - start, kind) for start, end, kind in regions if end > start)
-
-
-def read_file(path: str, limit: int = -1) -> bytes:
-    """The first `limit` bytes of a file, or all; LoaderError names what cannot be read."""
-    try:
-        # Asked before it is opened: to open a named pipe would wait for a writer, to read a device may never end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise LoaderError(f"{path}: not a regular file")
-        with open(path, "rb") as file:
-            return file.read(limit)
-    except OSError as error:
-        raise LoaderError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise LoaderError(f"{path!r} is not a file name") from None

@@ -30,22 +30,30 @@ from mini_bhyve.console import Console
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.crtc import Crtc
 from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl
+from mini_bhyve.disk import SECTOR_SIZE, DiskImage
 from mini_bhyve.faults import TripleFault, VmExit
 from mini_bhyve.flags import IF
+from mini_bhyve.ide import DATA, Ide
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.ioapic import IoApic
 from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
 from mini_bhyve.kbc import KeyboardController
 from mini_bhyve.lapic import LocalApic
-from mini_bhyve.memory import GuestMemory, MappedDevice
+from mini_bhyve.memory import PAGE_SIZE, Dma, GuestMemory, MappedDevice
 from mini_bhyve.rtc import Rtc
 from mini_bhyve.snapshot import SnapshotError, init_snapshot, vm_checkpoint
 from mini_bhyve.uart import Uart16550
+from mini_bhyve.virtio_blk import VirtioBlk
 
 NS_PER_SECOND = 1_000_000_000
 
 # Interrupt request lines of a PC.
-IRQ_PIT, IRQ_KEYBOARD, IRQ_COM1, IRQ_RTC = 0, 1, 4, 8
+IRQ_PIT, IRQ_KEYBOARD, IRQ_COM1, IRQ_RTC, IRQ_IDE = 0, 1, 4, 8, 14
+
+# A virtio disk has one page of registers, one behind the other from here on, and an interrupt request line of those
+# that a PC leaves free.
+VIRTIO_BASE = 0xD0000000
+VIRTIO_IRQS = (5, 9, 10, 11)
 
 # What the guest's calendar says at power-on when its clock is virtual: always the same, so that runs repeat. It is the
 # minute in which the review was posted: 2021-01-16 21:43 UTC.
@@ -104,6 +112,11 @@ class Machine:
         self.kbc = KeyboardController(self.irq(IRQ_KEYBOARD), self.a20_moved, self.guest_reset)
         self.crtc = Crtc()
         self.reset_control = ResetControl(self.guest_reset)
+        self.images = {disk.slot: DiskImage(disk.path, disk.read_only) for disk in config.disks()}
+        ide = [self.images[disk.slot] for disk in config.disks() if disk.device == "ide"]
+        # Without disks there is no channel: nobody answers at its ports.
+        self.ide = Ide(self.clock, self.irq(IRQ_IDE), ide) if ide else None
+        self.virtio_disks = self.make_virtio_disks()
         self.cpu.acknowledge_interrupt = self.lapic.acknowledge
         self.cpu.task_priority_changed = self.lapic.set_task_priority
         self.cpu.tell_absent = self.tell_absent
@@ -112,13 +125,11 @@ class Machine:
         self.warn: Callable[[str], None] = lambda sentence: None
         for device in self.port_devices():
             self.ports.claim(device)
+        if self.ide:
+            self.ports.claim_wide(DATA, self.ide)
         for mapped in self.mapped_devices():
             self.memory.claim(mapped)
         self.timed = self.timed_devices()
-
-        self.disk_identities = [
-            {"slot": disk.slot, "path": disk.path, "size": os.path.getsize(disk.path)} for disk in config.disks()
-        ]
 
         self.exit_code: ExitCode | None = None
         self.reason = ""
@@ -145,6 +156,19 @@ class Machine:
         """The 8259A's output goes to the local APIC, and to the I/O APIC as if it were a device."""
         self.lapic.set_lint0(level)
         self.ioapic.set_pin(mptable.PIC_PIN, level)
+
+    def make_virtio_disks(self) -> list[VirtioBlk]:
+        """The disks that the configuration has as virtio-blk."""
+        slots = [disk.slot for disk in self.config.disks() if disk.device == "virtio-blk"]
+        dma = Dma(self.memory, self.cpu.store_physical)
+        return [
+            VirtioBlk(self.clock, self.irq(irq), dma, VIRTIO_BASE + number * PAGE_SIZE, irq, self.images[slot], slot)
+            for number, (slot, irq) in enumerate(zip(slots, VIRTIO_IRQS))
+        ]
+
+    def kernel_parameters(self) -> str:
+        """What Linux has to find on its command line to know of devices that it does not find by itself."""
+        return " ".join(disk.kernel_parameter for disk in self.virtio_disks)
 
     def set_interrupt_line(self, level: bool) -> None:
         """The local APIC's output is the processor's INTR pin."""
@@ -174,15 +198,19 @@ class Machine:
 
     def port_devices(self) -> list[Device]:
         """All that answer at I/O ports."""
-        return [self.pic, self.pit, self.rtc, self.uart, self.kbc, self.crtc, self.port92, self.reset_control]
+        return [self.pic, self.pit, self.rtc, *self.devices()]
 
     def mapped_devices(self) -> list[MappedDevice]:
         """All that answer at physical addresses."""
-        return [self.lapic, self.ioapic]
+        return [self.lapic, self.ioapic, *self.virtio_disks]
 
     def timed_devices(self) -> list[Device]:
         """All that have something to do as time goes on."""
-        return [self.lapic, self.pit, self.rtc, self.uart]
+        return [self.lapic, self.pit, self.rtc, self.uart, *self.disk_controllers()]
+
+    def disk_controllers(self) -> list[Device]:
+        """What the disks are behind."""
+        return [*([self.ide] if self.ide else []), *self.virtio_disks]
 
     # --- What a snapshot is made of ---------------------------------------------------------------------------------
 
@@ -190,13 +218,24 @@ class Machine:
         """What FreeBSD keeps in the kernel: the processor, the interrupt controllers, the timers."""
         return [self.memory, self.clock, self.ioapic, self.lapic, self.cpu, self.pic, self.pit, self.rtc]
 
-    def devices(self) -> Sequence[Any]:
+    def devices(self) -> list[Device]:
         """What bhyve itself emulates."""
-        return [self.uart, self.kbc, self.crtc, self.port92, self.reset_control]
+        return [self.uart, self.kbc, self.crtc, self.port92, self.reset_control, *self.disk_controllers()]
 
     def disks(self) -> list[dict[str, Any]]:
         """Which disks there are; path and size tell them apart."""
-        return self.disk_identities
+        return [
+            {"slot": slot, "path": image.path, "size": image.sectors * SECTOR_SIZE}
+            for slot, image in self.images.items()
+        ]
+
+    def flush_disks(self) -> None:
+        """See to it that what the guest has written outlives the host: a snapshot counts on it."""
+        for image in self.images.values():
+            try:
+                image.flush()
+            except OSError as error:
+                raise SnapshotError(f"cannot write the disk {image.path}: {error.strerror or error}") from error
 
     # --- Loading the first program ----------------------------------------------------------------------------------
 
@@ -215,7 +254,9 @@ class Machine:
         if bootrom:
             start = self.load_bootrom(bootrom)
         elif kernel:
-            start = loader.load_kernel(self.memory, kernel, config.get("append", ""), config.get("initrd"))
+            start = loader.load_kernel(
+                self.memory, kernel, config.get("append", ""), config.get("initrd"), self.kernel_parameters()
+            )
         elif disks:
             start = loader.load_boot_sector(self.memory, disks[0].path)
         else:
@@ -352,8 +393,10 @@ class Machine:
         self.kick()
 
     def suspended(self) -> None:
-        """End the VM because it has been saved."""
+        """End the VM because it has been saved. Its disks may be used by whoever goes on from there."""
         self.stop(ExitCode.SUSPENDED, "suspended")
+        for image in self.images.values():
+            image.close()
 
     def suspend_all(self) -> None:
         """Ask the vCPU to come to its pause point; it will within about a millisecond."""

@@ -53,6 +53,36 @@ class MappedDevice(Protocol):
     def write_memory(self, address: int, value: int, size: int) -> None: ...
 
 
+class Dma:
+    """The way of devices to RAM, past the processor (direct memory access), but not unnoticed by it.
+
+    `store(address, data)`, the processor's, writes within one page: what is written over may be code that it has
+    decoded. GuestMemoryError, before a byte is moved, for what is not in RAM from beginning to end.
+    """
+
+    def __init__(self, memory: GuestMemory, store: Callable[[int, bytes], None]):
+        self.memory = memory
+        self.store = store
+
+    def check(self, address: int, length: int) -> None:
+        """GuestMemoryError if these bytes are not all in RAM."""
+        self.memory.check(address, length)
+
+    def read(self, address: int, length: int) -> bytes:
+        """`length` bytes from physical `address`."""
+        self.check(address, length)
+        return self.memory.ram[address : address + length]
+
+    def write(self, address: int, data: bytes) -> None:
+        """Put `data` at physical `address`, page by page; no effect on ROM."""
+        self.check(address, len(data))
+        start = 0
+        while start < len(data):
+            end = start + PAGE_SIZE - (address + start) % PAGE_SIZE
+            self.store(address + start, data[start:end])
+            start = end
+
+
 class GuestMemory:
     """`size` bytes of RAM (a multiple of 4096, at most 3 GiB), in a mapping of its own or in `ram`, a snapshot's.
 
@@ -82,11 +112,15 @@ class GuestMemory:
 
     def load(self, address: int, data: bytes) -> None:
         """Put `data` at physical `address`; GuestMemoryError if it does not fit into RAM."""
-        if address < 0 or address + len(data) > self.size:
-            raise GuestMemoryError(
-                f"{len(data)} bytes at {address:#x} do not fit into {self.size >> 20} MiB of guest memory"
-            )
+        self.check(address, len(data))
         self.ram[address : address + len(data)] = data
+
+    def check(self, address: int, length: int) -> None:
+        """GuestMemoryError if these bytes are not all in RAM."""
+        if address < 0 or address + length > self.size:
+            raise GuestMemoryError(
+                f"{length} bytes at {address:#x} do not fit into {self.size >> 20} MiB of guest memory"
+            )
 
     def add_rom(self, last_address: int, data: bytes) -> None:
         """Put a ROM below 1 MiB, its last byte at `last_address` (0xFFFFF), and the same once more below 4 GiB."""

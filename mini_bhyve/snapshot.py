@@ -82,6 +82,9 @@ class VirtualMachine(Protocol):
     def disks(self) -> list[dict[str, Any]]:
         """Per disk a dict with "slot", "path", and whatever else must be the same when the VM is restored."""
 
+    def flush_disks(self) -> None:
+        """What the guest has written to its disks shall outlive the host. SnapshotError if that fails."""
+
     def suspended(self) -> None:
         """End the VM: its vCPUs run no further instruction, even when they are resumed."""
 
@@ -216,6 +219,7 @@ def write_snapshot(vm: VirtualMachine, files: SnapshotFiles) -> None:
         files.write_new(RAM, lambda descriptor: write_ram(descriptor, ram))
         files.write_new(KERN, lambda descriptor: write_all(descriptor, kern, 0))
         files.write_new(META, lambda descriptor: write_all(descriptor, meta, 0))
+        vm.flush_disks()  # the disks are not in the snapshot, but what is in it counts on them
         files.commit()
     except BaseException:
         if not files.committed:

@@ -1,4 +1,4 @@
-"""What the tests of devices share: a clock moved by hand, a line that remembers, a state in memory."""
+"""What the tests of devices share: a clock moved by hand, a line that remembers, a state and a disk in memory."""
 
 from __future__ import annotations
 
@@ -34,6 +34,36 @@ class Line:
     def rises(self) -> int:
         """How many requests an edge triggered input would have seen. The line is low at power-on."""
         return sum(after and not before for before, after in zip([False] + self.levels, self.levels))
+
+
+class MemoryDisk:
+    """What a DiskImage is to a drive, in memory. The host cannot read or write the sectors that are `bad`."""
+
+    def __init__(self, contents: bytes, read_only: bool = False) -> None:
+        self.contents = bytearray(contents)
+        self.sectors = len(contents) // 512
+        self.read_only = read_only
+        self.bad: set[int] = set()
+        self.flushes = 0
+
+    def _check(self, sector: int, count: int) -> None:
+        assert count > 0 and sector >= 0 and sector + count <= self.sectors
+        if self.bad.intersection(range(sector, sector + count)):
+            raise OSError("a bad sector")
+
+    def read(self, sector: int, count: int) -> bytes:
+        self._check(sector, count)
+        return bytes(self.contents[sector * 512 : (sector + count) * 512])
+
+    def write(self, sector: int, data: bytes) -> None:
+        assert len(data) % 512 == 0
+        self._check(sector, len(data) // 512)
+        self.contents[sector * 512 : sector * 512 + len(data)] = data
+
+    def flush(self) -> None:
+        if self.bad:
+            raise OSError("bad sectors")
+        self.flushes += 1
 
 
 class MemoryState:

@@ -60,6 +60,9 @@ class Machine:
     def disks(self):
         return self.disk_list
 
+    def flush_disks(self):
+        pass
+
     def suspended(self):
         assert self.pause.paused, "it could run a further instruction"
         self.ended = True

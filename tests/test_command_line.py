@@ -74,9 +74,19 @@ def test_a_slot_is_written_in_any_of_the_three_ways_of_bhyve(slot):
     assert configured("-s", f"{slot},ide,a.img,ro").disks() == [Disk(1, "a.img", True)]
 
 
-def test_several_slots_are_several_disks_and_the_last_word_on_a_slot_counts():
-    config = configured("-s", "2,ide,b.img", "-s", "1,ide,a.img,ro", "-s", "1,ide,c.img", "-s", "31,lpc")
-    assert config.disks() == [Disk(1, "c.img", False), Disk(2, "b.img", False)]
+def test_several_slots_are_several_disks():
+    config = configured("-s", "2,ide,b.img", "-s", "1,ide,a.img,ro", "-s", "31,lpc")
+    assert config.disks() == [Disk(1, "a.img", True), Disk(2, "b.img", False)]
+
+
+def test_the_last_word_on_a_variable_of_a_slot_counts():
+    config = configured("-s", "1,ide,a.img,ro", "-o", "pci.0.1.0.path=c.img")
+    assert config.disks() == [Disk(1, "c.img", True)]
+
+
+def test_a_disk_is_behind_the_device_that_its_slot_names():
+    config = configured("-s", "3,virtio-blk,b.img,ro", "-s", "1,ide,a.img")
+    assert config.disks() == [Disk(1, "a.img", False, "ide"), Disk(3, "b.img", True, "virtio-blk")]
 
 
 @pytest.mark.parametrize("flags", ["-AHP", "-AIaxYPWSwCuDMH", "-HA"])
@@ -118,7 +128,9 @@ def test_a_configuration_file_counts_at_its_place_in_the_command_line(tmp_path):
         (["-s", "1"], "-s 1: expected SLOT,ide,PATH"),
         (["-s", "1,ide"], "-s 1,ide: expected SLOT,ide,PATH"),
         (["-s", "1,ide,a.img,rw"], "expected SLOT,ide,PATH or SLOT,ide,PATH,ro"),
-        (["-s", "1,virtio-blk,a.img"], "must be ide, hostbridge or lpc, not 'virtio-blk'"),
+        (["-s", "1,virtio-blk,a.img,rw"], "expected SLOT,virtio-blk,PATH or SLOT,virtio-blk,PATH,ro"),
+        (["-s", "1,virtio-net,tap0"], "must be ide, virtio-blk, hostbridge or lpc, not 'virtio-net'"),
+        (["-s", "1,ide,a.img", "-s", "1:0,ide,b.img"], "-s 1:0,ide,b.img: slot 1 is occupied already"),
         (["-s", "32,ide,a.img"], "SLOT 0 to 31"),
         (["-s", "1:1,ide,a.img"], "-s 1:1,ide,a.img: expected SLOT,ide,PATH"),
         (["--kern", "k.elf"], "unrecognized arguments: --kern"),

@@ -143,6 +143,20 @@ def test_a_disk_that_is_only_half_described_is_refused(config):
         config.disks()
 
 
+@pytest.mark.parametrize(("device", "limit"), [("ide", 2), ("virtio-blk", 4)])
+def test_there_are_only_so_many_disks_of_a_kind(config, device, limit):
+    config.set("pci.0.31.0.device", "virtio-blk" if device == "ide" else "ide")
+    config.set("pci.0.31.0.path", "other.img")
+    for slot in range(1, limit + 1):
+        config.set(f"pci.0.{slot}.0.device", device)
+        config.set(f"pci.0.{slot}.0.path", "a.img")
+    assert len(config.disks()) == limit + 1
+    config.set("pci.0.7.0.device", device)
+    config.set("pci.0.7.0.path", "a.img")
+    with pytest.raises(ConfigError, match=f"at most {limit} {device} disks, but slots 1, 2.*, 7 have one"):
+        config.disks()
+
+
 @pytest.mark.parametrize("name", ["pci.0.32.0.device", "pci.1.0.0.device", "pci.0.1.1.path", "pci.0.1.0.port"])
 def test_slots_that_do_not_exist_are_refused(config, name):
     with pytest.raises(ConfigError, match="SLOT 0 to 31"):
@@ -150,8 +164,8 @@ def test_slots_that_do_not_exist_are_refused(config, name):
 
 
 def test_a_device_that_does_not_exist_here_is_refused_with_those_that_do(config):
-    with pytest.raises(ConfigError, match="must be ide, hostbridge or lpc, not 'virtio-blk'"):
-        config.set("pci.0.1.0.device", "virtio-blk")
+    with pytest.raises(ConfigError, match="must be ide, virtio-blk, hostbridge or lpc, not 'virtio-net'"):
+        config.set("pci.0.1.0.device", "virtio-net")
 
 
 def test_a_value_of_two_lines_is_refused_since_a_file_could_not_hold_it(config):

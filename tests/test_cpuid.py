@@ -63,6 +63,12 @@ def test_sysenter_is_not_taken_for_the_one_that_the_first_pentium_pro_had_not():
     assert cpuid(1)[EDX] >> 11 & 1
 
 
+def test_the_x87_is_offered_without_which_linux_does_not_go_on_but_no_mmx_and_sse():
+    offered = cpuid(1)[EDX]
+    assert offered >> 0 & 1 and offered >> 24 & 1  # FPU, FXSR
+    assert not any(offered >> bit & 1 for bit in (23, 25, 26))  # MMX, SSE, SSE2
+
+
 def processor() -> Cpu:
     return Cpu(GuestMemory(1 << 20), IoPorts())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from device_tools import HandClock, restore, save, unhurried
+from device_tools import HandClock, MemoryDisk, restore, save, unhurried
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_bhyve.crtc import Crtc
 from mini_bhyve.devices import Pic, Pit, Port92, ResetControl
+from mini_bhyve.ide import Ide
 from mini_bhyve.ioapic import IoApic
 from mini_bhyve.kbc import KeyboardController
 from mini_bhyve.lapic import LocalApic
@@ -137,6 +138,7 @@ def one_of_each() -> list:
         Uart16550(clock, line, Deaf()),
         Port92(calls.set_a20, calls.reset),
         ResetControl(calls.reset),
+        Ide(clock, line, [MemoryDisk(bytes(5120)), MemoryDisk(bytes(512))]),
         KeyboardController(line, calls.set_a20, calls.reset),
         Crtc(),
         LocalApic(clock, line, calls.reset, line, lambda: 0, line),
@@ -186,6 +188,15 @@ def test_a_device_saved_and_restored_by_the_snapshot_code_saves_the_same_again(d
         ("vrtc", "index", 0x80),
         ("uart-com1", "received", bytes(17)),
         ("uart-com1", "base", 0x2F8),
+        ("ide", "selected", 2),
+        ("ide", "drive0.sectors", 11),
+        ("ide", "drive0.heads", 0),
+        ("ide", "drive0.heads", 17),
+        ("ide", "drive0.sectors_per_track", 0),
+        ("ide", "drive1.multiple", 17),
+        ("ide", "drive1.buffer", bytes(511)),
+        ("ide", "drive1.buffer", bytes(17 * 512)),
+        ("ide", "drive1.position", 1),
         ("atkbdc", "memory", bytes(31)),
         ("crtc", "registers", bytes(17)),
         ("crtc", "address", 0x20),

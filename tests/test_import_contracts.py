@@ -55,6 +55,8 @@ CONTRACTS = {
         ("devices", "from mini_bhyve.cpu import Cpu"),
         ("devices", "from mini_bhyve.operands import Register"),
         ("devices", "import mini_bhyve.instructions.arithmetic"),
+        ("virtio_blk", "from mini_bhyve.code_cache import CodeCache"),
+        ("virtio", "from mini_bhyve.machine import Machine"),
         ("devices", "def late():\n    from mini_bhyve.machine import Machine"),
     ],
     "nobody-imports-bhyve": [("machine", "from mini_bhyve.__main__ import main")],

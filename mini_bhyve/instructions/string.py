@@ -63,11 +63,11 @@ class StringOperation:
         return self.cpu.regs[RCX].value & self.address_mask
 
 
-def repeat(cpu, encoding, operation, one, compares=False, bulk=None):
+def repeat(cpu, encoding, operation, one, compares=False, bulk=None, bulk_stretch=STRETCH):
     """Run `one(operation)` once, or under REP a stretch of times; a comparison also ends it (SDM vol. 2B, REP).
 
     `bulk(operation, limit)`, if given, may do up to `limit` elements at once; it returns how many it did, 0 for "not
-    here".
+    here". `bulk_stretch` is the stretch upwards.
     """
     if not encoding.repeat:
         one(operation)
@@ -75,7 +75,7 @@ def repeat(cpu, encoding, operation, one, compares=False, bulk=None):
     if cpu.single_steps:
         left = 1
     else:
-        left = BULK_STRETCH if bulk and operation.step > 0 else STRETCH
+        left = bulk_stretch if operation.step > 0 else STRETCH
     cpu.system_flags &= ~fl.RF
     while operation.count and left:
         elements = bulk(operation, left) if bulk else 0
@@ -91,12 +91,12 @@ def repeat(cpu, encoding, operation, one, compares=False, bulk=None):
         cpu.system_flags |= fl.RF  # whoever comes in between returns to an instruction that has begun (17.3.1.1)
 
 
-def _define_string(name, one, compares=False, bulk=None, suffixes="bwdq"):
+def _define_string(name, one, compares=False, bulk=None, bulk_stretch=STRETCH, suffixes="bwdq"):
     """Define an instruction for each element size: "movs" -> movsb, movsw, movsd, movsq."""
     for suffix, width in zip(suffixes, (8, 16, 32, 64)):
 
         def string(cpu, encoding, *operands, width=width):
-            repeat(cpu, encoding, StringOperation(cpu, encoding, width), one, compares, bulk)
+            repeat(cpu, encoding, StringOperation(cpu, encoding, width), one, compares, bulk, bulk_stretch)
 
         string.__doc__ = one.__doc__
         instruction(name + suffix, encoded=True, ends_block=True, data_decides=True)(string)
@@ -176,8 +176,8 @@ def _stos_bulk(operation, limit):
     return count
 
 
-_define_string("movs", _movs, bulk=_movs_bulk)
-_define_string("stos", _stos, bulk=_stos_bulk)
+_define_string("movs", _movs, bulk=_movs_bulk, bulk_stretch=BULK_STRETCH)
+_define_string("stos", _stos, bulk=_stos_bulk, bulk_stretch=BULK_STRETCH)
 _define_string("lods", _lods)
 
 
@@ -232,5 +232,37 @@ def _outs(operation):
     cpu.attention = True
 
 
-_define_string("ins", _ins, suffixes="bwd")
-_define_string("outs", _outs, suffixes="bwd")
+def _ins_bulk(operation, limit):
+    """A stretch of INS from a device that has many elements ready: a disk."""
+    cpu = operation.cpu
+    port = cpu.regs[RDX].value & 0xFFFF
+    check_port_allowed(cpu, port, operation.width)
+    place = _elements_in_place(operation, limit, ((RDI, seg.ES, True),))
+    if place is None:
+        return 0
+    count, destination = place
+    data = cpu.ports.read_string(port, operation.width, count)
+    cpu.bytes8[destination : destination + len(data)] = data
+    count = len(data) * 8 // operation.width
+    operation.advance(RDI, count)
+    cpu.attention = True
+    return count
+
+
+def _outs_bulk(operation, limit):
+    cpu = operation.cpu
+    port = cpu.regs[RDX].value & 0xFFFF
+    check_port_allowed(cpu, port, operation.width)
+    place = _elements_in_place(operation, limit, ((RSI, operation.encoding.segment, False),))
+    if place is None:
+        return 0
+    count, source = place
+    data = bytes(cpu.bytes8[source : source + count * operation.width // 8])
+    count = cpu.ports.write_string(port, operation.width, data)
+    operation.advance(RSI, count)
+    cpu.attention = True
+    return count
+
+
+_define_string("ins", _ins, bulk=_ins_bulk, suffixes="bwd")
+_define_string("outs", _outs, bulk=_outs_bulk, suffixes="bwd")

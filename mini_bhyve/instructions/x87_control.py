@@ -1,7 +1,7 @@
 """x87 control instructions (Intel SDM vol. 1, 5.2.6): those that a kernel needs which does not compute itself.
 
-Loading and saving for another task, that is. They are there although CPUID offers no x87; for the others, see
-`absent.py`. Those with an N in their name do not wait: an exception that is still to be reported does not stop them.
+Loading and saving for another task, that is. For the others, see `absent.py`. Those with an N in their name do not
+wait: an exception that is still to be reported does not stop them.
 """
 
 from __future__ import annotations
