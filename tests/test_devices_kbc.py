@@ -120,9 +120,11 @@ def test_a_byte_can_be_put_where_the_keyboards_come():
 
 def test_there_is_no_auxiliary_device():
     bench = Bench()
-    bench.command(0xD3, 0x5A)
     bench.command(0xD4, 0xFF)
     assert bench.answers() == []
+    bench.command(0xD3, 0x5A)
+    assert not bench.kbc.inb(COMMAND) & 0x20  # not from the auxiliary device
+    assert bench.answers() == [0x5A]
 
 
 # ---- The keyboard
