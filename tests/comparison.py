@@ -136,8 +136,16 @@ def source_of(case: Case, insn: capstone.CsInsn) -> int:
     return case.registers[REGISTERS[insn.operands[-1].reg]]
 
 
+PAGE_TABLE_BYTES = range(TABLES[0] << 12, TABLES[-1] + 1 << 12)
+
+
 def is_near_call(insn: capstone.CsInsn) -> bool:
     return insn.opcode[0] == 0xE8 or (insn.opcode[0] == 0xFF and insn.modrm >> 3 & 7 == 2)
+
+
+def only_tables_differ(ours: Outcome, theirs: Outcome) -> bool:
+    """In memory: the accessed and dirty bits."""
+    return all(place in PAGE_TABLE_BYTES for place in different_places(ours.memory, theirs.memory))
 
 
 def both(vector: int, ours: Outcome, theirs: Outcome) -> bool:
@@ -238,17 +246,20 @@ UNICORN_ERRORS = [
     Error("ports are open to every privilege level", "vol. 1, 19.5.2", "in out insb insw insd outsb outsw outsd",
           lambda case, insn, ours, theirs: WORLDS[case.world].cpl > 0 and ours.vector == GP),
     Error("nothing is accessed, not even to see if it may be", "vol. 2A, CLFLUSH: faults and A bit as of a byte load",
-          "clflush clflushopt clwb", lambda case, insn, ours, theirs: case.controls is not None),
+          "clflush clflushopt clwb", lambda case, insn, ours, theirs: case.controls is not None
+          and only_tables_differ(ours, theirs), fields="vector error_code ip controls memory"),
     Error("the constant behind the displacement is not counted", "vol. 2A, 2.2.1.6: RIP-relative", "shld shrd rorx",
           lambda case, insn, ours, theirs: insn.operands[-1].type == x86.X86_OP_IMM and insn.modrm & 0xC7 == 5
           and WORLDS[case.world].bits == 64),
     Error("the final value of the stack pointer is not tried", "vol. 2A, ENTER: #PF", "enter",
           lambda case, insn, ours, theirs: case.controls is not None and (
-              ours.vector == PF or ours.memory != theirs.memory)),
+              (ours.vector, theirs.vector) == (PF, None) or (
+                  ours.vector == theirs.vector and only_tables_differ(ours, theirs)))),
     Error("flags have changed when the store faults", "vol. 3A, 6.5: faults", "rcl rcr",
           lambda case, insn, ours, theirs: both(PF, ours, theirs), fields="flags"),
     Error("what is at the end is not read", "vol. 2A, FLDENV", "fldenv frstor",
-          lambda case, insn, ours, theirs: case.controls is not None),
+          lambda case, insn, ours, theirs: case.controls is not None and only_tables_differ(ours, theirs),
+          fields="vector error_code ip controls memory"),
     Error("the stack is read and written with the rights of level 0", "vol. 3A, 4.6: user-mode accesses",
           f"{FAR_RETURNS} lcall call", lambda case, insn, ours, theirs: WORLDS[case.world].cpl == 3
           and PF in (ours.vector, theirs.vector) and not is_near_call(insn)),
@@ -328,8 +339,7 @@ def differences(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcom
         # When a walk ends in a fault, Unicorn has set the accessed bit of the entries above the one at fault. The
         # manual says only that it is set where an entry is used for a translation (4.8), and there was none. Which
         # operand comes first it does not say. And where a jump leads to, Unicorn has looked at the code already.
-        in_tables = range(TABLES[0] << 12, TABLES[-1] + 1 << 12)
-        places = [p for p in places if p not in in_tables or ours.memory[p] ^ theirs.memory[p] != ACCESSED]
+        places = [p for p in places if p not in PAGE_TABLE_BYTES or ours.memory[p] ^ theirs.memory[p] != ACCESSED]
     if places:
         found.append(
             "memory: " + ", ".join(f"{ours.memory[p]:02x} at {p:x}, not {theirs.memory[p]:02x}" for p in places[:8])
