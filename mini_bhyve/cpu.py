@@ -65,12 +65,13 @@ class Cpu(MemoryAccess):
     """One x86-64 processor, as after power-on: real mode, at the reset vector."""
 
     __slots__ = (
-        "_system_flags", "acknowledge_interrupt", "attention", "bytes8", "clock", "code", "code_cache", "code_limit",
-        "code_size", "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer", "flags", "flat_stack", "fpu",
-        "gdtr_base", "gdtr_limit", "halted", "idtr_base", "idtr_limit", "interrupt_line", "interrupts_from", "ip",
-        "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode", "msrs", "next_ip", "nmi_blocked", "nmi_pending",
-        "ports", "read_tlb", "regs", "retired", "running", "segments", "stack_mask", "task_priority_changed",
-        "tell_absent", "tr", "traps_from", "tsc_offset", "user_access", "words16", "words32", "words64", "write_tlb",
+        "_system_flags", "acknowledge_interrupt", "attention", "bytes8", "claim_x87", "clock", "code",
+        "code_cache", "code_limit", "code_size", "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer",
+        "flags", "flat_stack", "fpu", "gdtr_base", "gdtr_limit", "halted", "idtr_base", "idtr_limit",
+        "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode",
+        "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "regs", "retired", "running",
+        "segments", "stack_mask", "task_priority_changed", "tell_absent", "tr", "traps_from", "tsc_offset",
+        "user_access", "words16", "words32", "words64", "write_tlb",
     )  # fmt: skip
 
     name = "vmcx"  # bhyve's name for a vCPU's registers in a snapshot
@@ -94,6 +95,7 @@ class Cpu(MemoryAccess):
         # connects one.
         self.tell_absent: Callable[[str, str], None] = lambda mnemonic, sentence: None
         self.fpu = Fpu()
+        self.claim_x87 = False  # CPUID tells of an x87 (see `Start`)
         self.attention = False  # set, from any thread, to make run() return soon
         self.retired = 0  # instructions executed up to the beginning of the running block
         self.running: Block | None = None
@@ -386,6 +388,7 @@ class Cpu(MemoryAccess):
         self.regs[RDX].value = 0
         for name, value in start.registers.items():
             self.regs[REGISTER_NAMES.index("r" + name[1:])].value = value
+        self.claim_x87 = start.claim_x87
         self.gdtr_base, self.gdtr_limit = start.gdt_base, start.gdt_limit
         self.cr3 = start.cr3
         if start.mode == "real":
@@ -436,6 +439,7 @@ class Cpu(MemoryAccess):
         self.debug.extensions = self.cr4 & CR4_DE != 0
         self.debug.snapshot(state)
         self.fpu.snapshot(state)
+        self.claim_x87 = state.flag("claim_x87", self.claim_x87)
         self.halted = state.flag("halted", self.halted)
         self.interrupt_line = state.flag("interrupt_line", self.interrupt_line)
         self.nmi_pending = state.flag("nmi_pending", self.nmi_pending)

@@ -1,8 +1,9 @@
 """CPUID: what the processor says of itself, in one table with the meaning beside each bit.
 
-Mirrors Intel SDM vol. 2A, CPUID, and FreeBSD's sys/amd64/vmm/x86.c. It offers what is implemented and, but for the x87,
-nothing else: a new instruction or mode is one more line in `FEATURES`. What may be set in CR4 and EFER follows from the
-same table, so that no feature can be switched on that is not offered.
+Mirrors Intel SDM vol. 2A, CPUID, and FreeBSD's sys/amd64/vmm/x86.c. It offers what is implemented and nothing else: a
+new instruction or mode is one more line in `FEATURES`. What may be set in CR4 and EFER follows from the same table, so
+that no feature can be switched on that is not offered. (The one exception, x87, is for a guest that would not go on
+without it, and only for that one.)
 
     CPUID takes a leaf in EAX and, for some leaves, a subleaf in ECX; it answers in EAX, EBX, ECX and EDX.
     FEATURES   (leaf, subleaf, register) -> the bits of that register, each a thing that the processor can do
@@ -61,6 +62,7 @@ class Feature(NamedTuple):
     cr4: int = 0
     efer: int = 0
     code_size: int = 0  # told only to code of this size; 0: to all
+    claimed: bool = False  # more than there is: told only where the loader knows that it is needed (`Start`)
 
 
 FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
@@ -71,9 +73,9 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
         31: Feature("HYPERVISOR", "a hypervisor is present"),
     },
     (0x1, 0, EDX): {
-        # More than there is: nothing computes with the x87 yet. But Linux, even if its programs do not either, stops
-        # without this bit, and what it needs itself is there (instructions/x87_control.py).
-        0: Feature("FPU", "x87"),
+        # Nothing computes with the x87. But Linux stops without this bit, even if its programs do not compute
+        # with it either, and what it needs itself is there (instructions/x87_control.py).
+        0: Feature("FPU", "x87", claimed=True),
         2: Feature("DE", "breakpoints on ports", cr4=CR4_DE),
         3: Feature("PSE", "4-MByte pages", cr4=CR4_PSE),
         4: Feature("TSC", "RDTSC", cr4=CR4_TSD),
@@ -161,8 +163,10 @@ for _features in FEATURES.values():
         EFER_SUPPORTED |= _feature.efer
 
 
-def cpuid(leaf: int, subleaf: int = 0, code_size: int = 64) -> tuple[int, int, int, int]:
+def cpuid(leaf: int, subleaf: int = 0, code_size: int = 64, claim: bool = False) -> tuple[int, int, int, int]:
     """EAX, EBX, ECX and EDX for a leaf, as code of this size sees it; zeros for a subleaf that is not there.
+
+    With `claim`, what is `claimed` is told, too.
 
     Beyond the last leaf of its kind: what the last basic one says, as on Intel's.
     """
@@ -170,13 +174,13 @@ def cpuid(leaf: int, subleaf: int = 0, code_size: int = 64) -> tuple[int, int, i
         leaf = MAX_BASIC
     if leaf not in WITH_SUBLEAVES:
         subleaf = 0
-    eax, ebx, ecx, edx = (_register(leaf, subleaf, register, code_size) for register in (EAX, EBX, ECX, EDX))
+    eax, ebx, ecx, edx = (_register(leaf, subleaf, register, code_size, claim) for register in (EAX, EBX, ECX, EDX))
     return eax, ebx, ecx, edx
 
 
-def _register(leaf: int, subleaf: int, register: int, code_size: int) -> int:
+def _register(leaf: int, subleaf: int, register: int, code_size: int, claim: bool) -> int:
     value = NUMBERS.get((leaf, subleaf, register), 0)
     for bit, feature in FEATURES.get((leaf, subleaf, register), {}).items():
-        if feature.code_size in (0, code_size):
+        if feature.code_size in (0, code_size) and (claim or not feature.claimed):
             value |= 1 << bit
     return value

@@ -3,7 +3,7 @@
 Mirrors Intel SDM vol. 1, 8.1 (x87 FPU Execution Environment) and 10.5 (FXSAVE and FXRSTOR), and vol. 3A, 2.5 and 13.1
 (what CR0 and CR4 say of these units). Only instructions that initialize, save and load their state are there, as a
 kernel uses them which never computes in floating point. To what is loaded, nothing happens. CPUID offers neither MMX
-nor SSE, but the x87, for Linux insists on it.
+nor SSE, and the x87 only to Linux, which insists on it.
 
 Nothing is known of what a register holds; of the eight x87 registers it is known which are empty.
 

@@ -38,6 +38,7 @@ The first page that a kernel gets is called "zero page" after its contents in th
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import struct
@@ -120,7 +121,9 @@ def load_linux(memory: GuestMemory, path: str, data: bytes, append: str, initrd:
         _add_initrd(memory, zero_page, initrd, end)
     memory.load(ZERO_PAGE, bytes(zero_page))
     # All other registers are 0, as EBP, EDI and EBX must be.
-    return flat_start(memory, bits, entry, {"rsi" if bits == 64 else "esi": ZERO_PAGE}, BOOT_CS)
+    start = flat_start(memory, bits, entry, {"rsi" if bits == 64 else "esi": ZERO_PAGE}, BOOT_CS)
+    # Linux halts where there is no x87, unless it has been built to emulate one, as only some of 32 bits have.
+    return dataclasses.replace(start, claim_x87=True)
 
 
 def _is_bzimage(data: bytes) -> bool:

@@ -60,6 +60,7 @@ class Start:
                                 flat: base 0, limit 4 GiB, as the descriptors in the GDT say
     gdt_base, gdt_limit         for GDTR; in real mode as after a reset, and of no use
     cr3                         physical address of the PML4; long mode only
+    claim_x87                   CPUID is to tell of an x87, though nothing computes with it: the guest insists on it
 
     In modes "protected" and "long" the A20 gate is open.
     """
@@ -73,6 +74,7 @@ class Start:
     gdt_base: int = 0
     gdt_limit: int = 0xFFFF
     cr3: int = 0
+    claim_x87: bool = False
 
 
 def read_file(path: str, limit: int = -1) -> bytes:

@@ -31,7 +31,8 @@ def test_a_bit_of_the_table_is_a_bit_of_the_answer():
     for (leaf, subleaf, register), features in FEATURES.items():
         assert leaf <= cpuid(leaf & 0x80000000)[EAX]
         for bit in range(32):
-            assert cpuid(leaf, subleaf)[register] >> bit & 1 == (bit in features) or register == EAX
+            answer = cpuid(leaf, subleaf, claim=True)[register]
+            assert answer >> bit & 1 == (bit in features) or register == EAX
 
 
 def test_only_some_leaves_look_at_the_subleaf():
@@ -63,10 +64,13 @@ def test_sysenter_is_not_taken_for_the_one_that_the_first_pentium_pro_had_not():
     assert cpuid(1)[EDX] >> 11 & 1
 
 
-def test_the_x87_is_offered_without_which_linux_does_not_go_on_but_no_mmx_and_sse():
-    offered = cpuid(1)[EDX]
-    assert offered >> 0 & 1 and offered >> 24 & 1  # FPU, FXSR
-    assert not any(offered >> bit & 1 for bit in (23, 25, 26))  # MMX, SSE, SSE2
+def test_the_x87_is_claimed_where_a_guest_insists_on_it_and_nowhere_else():
+    assert cpuid(1)[EDX] ^ cpuid(1, claim=True)[EDX] == 1
+    assert not cpuid(1)[EDX] & 1
+
+
+def test_neither_mmx_nor_sse_is_offered():
+    assert not any(cpuid(1, claim=True)[EDX] >> bit & 1 for bit in (23, 25, 26))  # MMX, SSE, SSE2
 
 
 def processor() -> Cpu:

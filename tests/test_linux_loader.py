@@ -132,6 +132,12 @@ def zero_page(memory, start):
 # --- Where things go, and what the kernel is told ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bits", [32, 64])
+def test_linux_finds_an_x87_on_its_processor_and_other_kernels_do_not(memory, file, bits):
+    assert load_kernel(memory, file(make_vmlinux(bits))).claim_x87
+    assert not load_kernel(memory, file(make_elf([(MIB, MIB, b"\xf4", 1)], MIB, bits))).claim_x87
+
+
 @pytest.mark.parametrize("packer", PACKERS)
 @pytest.mark.parametrize("bits", [32, 64])
 def test_the_payload_of_a_bzimage_is_unpacked_and_lies_where_vmlinux_says(memory, file, bits, packer):

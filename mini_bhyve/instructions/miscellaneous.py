@@ -38,7 +38,7 @@ def xlat(cpu, encoding):
 @instruction("cpuid", data_decides=True)
 def cpuid(cpu):
     leaf, subleaf = cpu.regs[RAX].value & 0xFFFFFFFF, cpu.regs[RCX].value & 0xFFFFFFFF
-    values = identification.cpuid(leaf, subleaf, cpu.code_size)
+    values = identification.cpuid(leaf, subleaf, cpu.code_size, cpu.claim_x87)
     for index, value in zip((RAX, RBX, RCX, RDX), values):
         cpu.regs[index].value = value
 
