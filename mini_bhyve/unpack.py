@@ -14,13 +14,12 @@ Format Description, "Legacy frame".
 
 So each of them ends with its unpacked size, in four bytes, little-endian. It may lie: what does not come out at exactly
 this size is refused, and so is a size beyond what the guest has memory for, before anything is unpacked.
+
+Each library is imported when it is needed: cramjam has to be installed, and there are Pythons without lzma.
 """
 
 from __future__ import annotations
 
-import bz2
-import lzma
-import zlib
 from typing import Any, Callable
 
 from mini_bhyve.elf import ELF_MAGIC
@@ -44,8 +43,10 @@ def unpack(path: str, payload: bytes, limit: int) -> bytes:
         raise LoaderError(f"{path}: unpacks to {size} bytes, but the guest has only {limit >> 20} MiB")
     try:
         unpacked = unpack_format(payload, size)
-    except ImportError:
-        raise LoaderError(f"{path}: compressed with {name}; to unpack it, install the Python package cramjam") from None
+    except ImportError as error:
+        raise LoaderError(
+            f"{path}: compressed with {name}, for which Python needs the package {error.name}, and it is not installed"
+        ) from None
     except Exception as error:  # cramjam's own is known only after it has been imported
         raise LoaderError(f"{path}: its payload, compressed with {name}, does not unpack ({error})") from None
     if len(unpacked) != size:
@@ -67,15 +68,21 @@ def _unpack_streams(new_decompressor: Callable[[], Any], payload: bytes, size: i
 
 
 def _gzip(payload: bytes, size: int) -> bytes:
+    import zlib
+
     return _unpack_streams(lambda: zlib.decompressobj(GZIP_WINDOW), payload, size)
 
 
 def _bzip2(payload: bytes, size: int) -> bytes:
+    import bz2
+
     return _unpack_streams(bz2.BZ2Decompressor, payload, size)
 
 
 def _xz(payload: bytes, size: int) -> bytes:
     """xz and its predecessor LZMA."""
+    import lzma
+
     return _unpack_streams(lambda: lzma.LZMADecompressor(lzma.FORMAT_AUTO, MAX_LZMA_MEMORY), payload, size)
 
 
