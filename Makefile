@@ -8,12 +8,12 @@ VENV   := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 IN_VENV = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage docs bench guests lint clean
+.PHONY: help demo test fuzz coverage docs bench guests linux-guest lint clean
 .NOTPARALLEL:  # two pip must not write into one environment
 .DELETE_ON_ERROR:
 
 help:  ## list what can be made (the default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "With another Python: make demo PYTHON=pypy3"
 
 demo: $(VENV)/.installed  ## boot a VM, suspend it, restore it, see it go on
@@ -21,6 +21,10 @@ demo: $(VENV)/.installed  ## boot a VM, suspend it, restore it, see it go on
 
 test: $(VENV)/.installed-test  ## run the tests
 	$(IN_VENV) -m pytest -n auto
+
+fuzz: $(VENV)/.installed-test  ## compare random instructions with Unicorn for so many minutes: make fuzz MINUTES=10
+	$(IN_VENV) -m tests.fuzz --minutes '$(MINUTES)'
+MINUTES ?= 5
 
 # What proves the instructions, without what needs a VM around them.  In one process: a tracer has to see all of it.
 CPU_TESTS = $(addprefix tests/test_,$(addsuffix .py,core_corners cpuid debug_exceptions fast_calls fpu_state \
@@ -39,6 +43,9 @@ bench: $(VENV)/.installed  ## measure the interpreter against the same work by h
 
 guests:  ## rebuild the embedded guests from their sources (needs gcc and binutils)
 	$(MAKE) -C guests
+
+linux-guest:  ## build the guest Linux 6.1, once, outside of this tree (needs gcc, and Debian's linux-source-6.1)
+	$(PYTHON) guests/linux/build.py
 
 lint: $(VENV)/.installed-lint  ## check style, types, and who imports whom
 	$(IN_VENV) -m ruff check .

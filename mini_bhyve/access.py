@@ -221,6 +221,11 @@ class MemoryAccess:
         """What a POP would give `depth` bytes further up, RSP left alone."""
         return self.load_stack((self.regs[RSP].value + depth) & self.stack_mask, width)
 
+    def set_stack_pointer(self, value: int) -> None:
+        """Set as much of RSP as the stack segment uses."""
+        mask = self.stack_mask
+        self.regs[RSP].value = self.regs[RSP].value & ~mask | value & mask
+
     def move_stack_pointer(self, distance: int) -> None:
         """Add to RSP, ESP or SP, whichever the stack segment uses."""
         mask = self.stack_mask

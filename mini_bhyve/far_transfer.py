@@ -212,7 +212,7 @@ def far_return(cpu: Cpu, width: int, released: int) -> None:
         seg.mark_accessed(cpu, code, ss)
         cpu.set_code_segment(code, cpl)
         cpu.set_stack_segment(ss)
-        cpu.regs[RSP].value = rsp
+        cpu.set_stack_pointer(rsp)
         cpu.move_stack_pointer(released)
         drop_privileged_segments(cpu)
     cpu.next_ip = ip
@@ -222,11 +222,8 @@ def drop_privileged_segments(cpu: Cpu) -> None:
     """On the way out, data segments that the outer level may not use become null (SDM vol. 3A, 5.8.6)."""
     for index in (seg.ES, seg.DS, seg.FS, seg.GS):
         segment = cpu.segments[index]
-        if segment.access & seg.UNUSABLE:
-            # It is null already, and stays so; but 64-bit mode goes on using its base.
-            cpu.segments[index] = seg.Segment(0, segment.base, segment.limit, segment.access)
-            continue
         conforming = segment.access & seg.CODE and segment.access & seg.CONFORMING
         if segment.dpl < cpu.cpl and not conforming:
-            cpu.segments[index] = seg.null_segment(0)
+            # Only the selector becomes null: 64-bit mode goes on using the bases of FS and GS.
+            cpu.segments[index] = seg.Segment(0, segment.base, segment.limit, segment.access | seg.UNUSABLE)
     cpu.update_mode()

@@ -279,8 +279,7 @@ def interrupt_return(cpu: Cpu, width: int) -> None:
     cpu.set_code_segment(code, cpl)
     if stack_too:
         cpu.set_stack_segment(ss)
-        mask = cpu.stack_mask
-        cpu.regs[RSP].value = cpu.regs[RSP].value & ~mask | rsp & mask
+        cpu.set_stack_pointer(rsp)
     if leaving:
         drop_privileged_segments(cpu)
     cpu.next_ip = ip
@@ -303,10 +302,14 @@ def _return_to_virtual_8086(cpu: Cpu, ip: int, selector: int, flags: int) -> Non
 
 
 def restore_flags(cpu: Cpu, value: int, width: int) -> None:
-    """EFLAGS from the stack by IRET: as POPF, and also RF, by which a debugger steps over a breakpoint."""
+    """EFLAGS from the stack by IRET: as POPF, and also RF, by which a debugger steps over a breakpoint.
+
+    At level 0 of protected mode, VIF and VIP as well.
+    """
     set_flags(cpu, value, width)
     if width > 16:
-        cpu.system_flags |= value & fl.RF
+        more = fl.RF | (fl.VIF | fl.VIP if cpu.protected_mode and cpu.cpl == 0 else 0)
+        cpu.system_flags = cpu.system_flags & ~more | value & more
 
 
 def set_flags(cpu: Cpu, value: int, width: int) -> None:

@@ -42,7 +42,8 @@ KEYBOARD_OFF, KEYBOARD_ON = 0xAD, 0xAE
 READ_INPUT_PORT = 0xC0
 READ_OUTPUT_PORT, WRITE_OUTPUT_PORT = 0xD0, 0xD1
 WRITE_OUTPUT_BUFFER = 0xD2  # as if the keyboard had sent it
-WRITE_AUXILIARY_BUFFER, WRITE_AUXILIARY = 0xD3, 0xD4
+WRITE_AUXILIARY_BUFFER = 0xD3  # here the same, for lack of another buffer: by that a guest sees that there is none
+WRITE_AUXILIARY = 0xD4
 PULSE_OUTPUT_PORT = range(0xF0, 0x100)  # bits 3-0 say which bits of the output port not to pull low for a moment
 WITH_DATA = (*WRITE_MEMORY, WRITE_OUTPUT_PORT, WRITE_OUTPUT_BUFFER, WRITE_AUXILIARY_BUFFER, WRITE_AUXILIARY)
 
@@ -153,10 +154,10 @@ class KeyboardController(Device):
             self.reset()
 
     def _command_data(self, command: int, value: int) -> None:
-        """The byte that a command has asked for. What is for the auxiliary device is lost."""
+        """The byte that a command has asked for. What is sent to the auxiliary device is lost."""
         if command in WRITE_MEMORY:
             self.memory[command - WRITE_MEMORY.start] = value
-        elif command == WRITE_OUTPUT_BUFFER:
+        elif command in (WRITE_OUTPUT_BUFFER, WRITE_AUXILIARY_BUFFER):
             self._answer(bytes([value]))
         elif command == WRITE_OUTPUT_PORT:
             changed = self.output_port ^ value
@@ -169,6 +170,7 @@ class KeyboardController(Device):
     # -- The keyboard
 
     def _keyboard(self, value: int) -> None:
+        self.memory[0] &= ~BYTE_KEYBOARD_OFF  # it could not be sent otherwise
         command, self.keyboard_command = self.keyboard_command, 0
         if command:
             answer = ACKNOWLEDGE + (bytes([CODE_SET_2]) if command == CODE_SET and value == 0 else b"")

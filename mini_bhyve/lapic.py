@@ -301,7 +301,9 @@ class LocalApic(ApicPage):
 
     @property
     def deadline(self) -> int | None:
-        return None if self.lvt[LVT_TIMER] & LVT_MASKED else self.zero_at
+        if self.zero_at is None or self.lvt[LVT_TIMER] & LVT_MASKED:
+            return None
+        return self.zero_at
 
     def advance(self, now: int) -> None:
         """Where several ends of the count are overdue, there is one interrupt for all."""

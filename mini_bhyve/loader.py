@@ -111,10 +111,13 @@ def embedded_guest(name: str) -> bytes:
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
-def load_kernel(memory: GuestMemory, path: str, append: str = "", initrd: str | None = None) -> Start:
+def load_kernel(
+    memory: GuestMemory, path: str, append: str = "", initrd: str | None = None, for_linux: str = ""
+) -> Start:
     """Load the kernel in the file `path`: Linux, Multiboot, ELF64, ELF32 or a flat image with a boot signature.
 
     `append` is the command line and `initrd` the file of a module, which only Linux and Multiboot kernels can be given.
+    `for_linux` comes before `append` if it is Linux: what the machine itself has to tell it.
     LoaderError names the file and what is wrong.
     """
     data = read_file(path)
@@ -122,7 +125,7 @@ def load_kernel(memory: GuestMemory, path: str, append: str = "", initrd: str | 
     if header is not None:
         return _load_multiboot(memory, path, data, header, append, initrd)
     if is_linux(data):
-        return load_linux(memory, path, data, append, initrd)
+        return load_linux(memory, path, data, " ".join(filter(None, (for_linux, append))), initrd)
     if append or initrd:
         raise LoaderError(
             f"{path}: neither Linux nor a Multiboot kernel, so it can be given neither a command line nor an initrd"

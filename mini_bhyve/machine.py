@@ -254,7 +254,9 @@ class Machine:
         if bootrom:
             start = self.load_bootrom(bootrom)
         elif kernel:
-            start = loader.load_kernel(self.memory, kernel, config.get("append", ""), config.get("initrd"))
+            start = loader.load_kernel(
+                self.memory, kernel, config.get("append", ""), config.get("initrd"), self.kernel_parameters()
+            )
         elif disks:
             start = loader.load_boot_sector(self.memory, disks[0].path)
         else:

@@ -268,9 +268,9 @@ class VirtioDevice(Device):
 
     def _write_register(self, offset: int, value: int) -> None:
         if offset == DEVICE_FEATURES_SEL:
-            self.device_features_sel = min(value, 2)  # from 64 on there are none
+            self.device_features_sel = value
         elif offset == DRIVER_FEATURES_SEL:
-            self.driver_features_sel = min(value, 2)
+            self.driver_features_sel = value
         elif offset == DRIVER_FEATURES:
             self._choose_features(value)
         elif offset == QUEUE_SEL:
@@ -293,12 +293,9 @@ class VirtioDevice(Device):
     def _write_queue_register(self, offset: int, value: int) -> None:
         queue = self.queue
         if offset == QUEUE_READY:
+            queue.ready = value != 0 and queue.usable
             if value and not queue.ready:
-                queue.taken = queue.given_back = 0
-                if not queue.usable:
-                    self._need_reset()
-                    return
-            queue.ready = bool(value)
+                self._need_reset()
         elif queue.ready:
             return  # too late
         elif offset == QUEUE_NUM:
@@ -332,7 +329,6 @@ class VirtioDevice(Device):
     def _need_reset(self) -> None:
         """What the driver did makes no sense, and the device stops (2.1.2)."""
         self.status |= STATUS_NEEDS_RESET
-        self.service_at = None
         if self.status & STATUS_DRIVER_OK:
             self._interrupt(self.interrupt_status | INTERRUPT_CONFIG)
 

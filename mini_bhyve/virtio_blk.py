@@ -114,7 +114,7 @@ class VirtioBlk(VirtioDevice):
         """Write the answer; returns how many bytes of it lie end to end from the beginning of the buffers."""
         at = 0
         for address, length in chain.writable:
-            self.dma.write(address, answer[at : min(at + length, room)])
+            self.dma.write(address, answer[at : at + length])
             at += length
         self.dma.write(address + length - 1, bytes([status]))
         return room + 1 if len(answer) == room else len(answer)

@@ -12,13 +12,32 @@ from typing import Callable, NamedTuple
 
 import capstone
 from capstone import x86_const as x86
-from random_instructions import CS, SEGMENTS
-from unicorn_tools import RCX, SIZE, WORLDS, Case, Ours, Outcome, Theirs, Unusable, World
+from random_instructions import CS, REGISTERS, ROOM, SEGMENTS, STRINGS, decode, memory_operand, offset_of, repeats
+from random_pages import ACCESSED, LAR, STAC, TABLES
+from unicorn_tools import (
+    CODE,
+    DATA,
+    GDT,
+    RCX,
+    RDI,
+    RSI,
+    SIZE,
+    WORLDS,
+    Case,
+    Memory,
+    Ours,
+    Outcome,
+    Theirs,
+    Unusable,
+    World,
+    usual_memory,
+)
 
 from mini_bhyve import flags as fl
-from mini_bhyve.faults import GP, UD
+from mini_bhyve.faults import GP, PF, SS, UD
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.paging import is_canonical
+from mini_bhyve.registers import CR4_SMAP
 
 # --- What the manual leaves undefined ---------------------------------------------------------------------------------
 
@@ -86,35 +105,88 @@ class Error(NamedTuple):
     fields: str = ""  # in which the outcomes differ then; any, if empty
 
 
+def near_limit(case: Case, insn: capstone.CsInsn) -> bool:
+    """A string, in a segment of 64 KiB, begins near its end or its beginning, or beyond it."""
+    reach = ROOM if repeats(insn) else 8
+    offsets = (case.registers[index] & (1 << insn.addr_size * 8) - 1 for index in (RSI, RDI))
+    return WORLDS[case.world].bits == 16 and any(not reach <= offset < 0x10000 - reach for offset in offsets)
+
+
+def wraps_around(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> bool:
+    """A memory operand with a 16-bit address begins before its end, and is more than one value."""
+    where = memory_operand(insn)
+    if where is None or insn.addr_size != 2 or insn.insn_name() not in TWO_PARTS:
+        return False
+    return offset_of(insn, where, case.registers, case.start) > 0x10000 - ROOM
+
+
+TWO_PARTS = "lds les lfs lgs lss ljmp lcall jmp call bound lgdt lidt sgdt sidt fxsave fxrstor fnsave frstor".split()
+
+
 def through_cs(insn: capstone.CsInsn) -> bool:
     return any(o.type == x86.X86_OP_MEM and SEGMENTS.get(o.mem.segment) == CS for o in insn.operands)
 
 
-def prefixes(case: Case, insn: capstone.CsInsn) -> bytes:
-    return case.code[: case.code.index(insn.opcode[0])]
+def prefixes(insn: capstone.CsInsn) -> bytes:
+    return insn.bytes[: insn.bytes.index(insn.opcode[0])]
 
 
-NEAR_BRANCHES = "jmp call ret loop loope loopne jrcxz jecxz jo jno jb jae je jne jbe ja js jns jp jnp jl jge jle jg"
+def source_of(case: Case, insn: capstone.CsInsn) -> int:
+    """What the register holds that is the last operand."""
+    return case.registers[REGISTERS[insn.operands[-1].reg]]
+
+
+PAGE_TABLE_BYTES = range(TABLES[0] << 12, TABLES[-1] + 1 << 12)
+
+
+def is_near_call(insn: capstone.CsInsn) -> bool:
+    return insn.opcode[0] == 0xE8 or (insn.opcode[0] == 0xFF and insn.modrm >> 3 & 7 == 2)
+
+
+def only_tables_differ(ours: Outcome, theirs: Outcome) -> bool:
+    """In memory: the accessed and dirty bits."""
+    return all(place in PAGE_TABLE_BYTES for place in different_places(ours.memory, theirs.memory))
+
+
+def both(vector: int, ours: Outcome, theirs: Outcome) -> bool:
+    return ours.vector == theirs.vector == vector
+
+
+def smap_and_ac(case: Case) -> bool:
+    smap = case.controls is not None and bool(case.controls[2] & CR4_SMAP)
+    return smap and (bool(case.flags & fl.AC) or STAC in case.code)
+
+
+NEAR_BRANCHES = (
+    "jmp call ret loop loope loopne jrcxz jecxz jcxz jo jno jb jae je jne jbe ja js jns jp jnp jl jge jle jg"
+)
+FAR_RETURNS = "retf retfq iret iretd iretq"
 VEX_INSTRUCTIONS = "andn bextr blsi blsmsk blsr bzhi mulx pdep pext rorx sarx shlx shrx"
 UNICORN_ERRORS = [
     Error("a jump beyond the limit, or to an address that is not canonical, faults only where it leads to",
-          "vol. 2A, Jcc, JMP, CALL; vol. 2B, RET: #GP(0)", NEAR_BRANCHES,
+          "vol. 2A, Jcc, JMP, CALL, IRET; vol. 2B, RET: #GP(0)", f"{NEAR_BRANCHES} retf iret iretd",
           lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None
           and (theirs.ip > 0xFFFF if WORLDS[case.world].bits == 16 else not is_canonical(theirs.ip))),
+    Error("the limit of a segment is not checked", "vol. 3A, 5.3",
+          " ".join(f"{name}{suffix}" for name in STRINGS for suffix in "bwd"),
+          lambda case, insn, ours, theirs: ours.vector in (GP, SS) and theirs.vector in (None, PF)
+          and near_limit(case, insn)),
+    Error("of a pointer that begins just before offset 10000h, the second part is not looked for at 0",
+          "80286 manual, LDS: vector 13 at FFFFh and FFFDh, so not at FFFEh", "", wraps_around),
     Error("a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.5", "",
-          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None and through_cs(insn)),
+          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector in (None, PF) and through_cs(insn)),
     Error("some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",
-          lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in prefixes(case, insn)),
+          lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in prefixes(insn)),
     Error("with a 16-bit operand size, all of EBP is changed", "vol. 2A, ENTER", "enter",
-          lambda case, insn, ours, theirs: 0x66 in prefixes(case, insn) or case.world in ("real", "code16"),
+          lambda case, insn, ours, theirs: 0x66 in prefixes(insn) or case.world in ("real", "code16"),
           fields="registers"),
     Error("F6 /1 and F7 /1 are refused; processors run them as TEST", "AMD vol. 3, table A-6", "test",
           lambda case, insn, ours, theirs: insn.modrm >> 3 & 7 == 1 and theirs.vector == UD),
     Error("the number of bytes is taken to be signed", "vol. 2B, RET", "ret retf retfq",
-          lambda case, insn, ours, theirs: case.code[-1] >= 0x80, fields="registers"),
+          lambda case, insn, ours, theirs: insn.bytes[-1] >= 0x80, fields="registers"),
     Error("the upper half of the register is kept", "vol. 2B, SMSW", "smsw", fields="registers"),
     Error("with LOCK, the flags are those of the wrong number", "vol. 2B, NEG", "neg",
-          lambda case, insn, ours, theirs: 0xF0 in prefixes(case, insn), fields="flags"),
+          lambda case, insn, ours, theirs: 0xF0 in prefixes(insn), fields="flags"),
     Error("INT 6 is reported as an invalid opcode", "vol. 2A, INT n", "int",
           lambda case, insn, ours, theirs: ours.vector == theirs.vector == UD, fields="ip"),
     Error("with a REX prefix, SPL is taken for AH", "vol. 2A, LAHF", "lahf sahf",
@@ -133,7 +205,7 @@ UNICORN_ERRORS = [
     Error("a REX.W prefix is ignored, as on AMD's", "vol. 2A, LDS/LES/LFS/LGS/LSS", "lfs lgs lss",
           lambda case, insn, ours, theirs: insn.rex & 8 != 0),
     Error("in 64-bit mode a 66 prefix makes a near branch 16 bits wide, as on AMD's", "vol. 2A, CALL, Jcc, JMP, RET",
-          NEAR_BRANCHES, lambda case, insn, ours, theirs: case.world.endswith("64") and 0x66 in prefixes(case, insn)),
+          NEAR_BRANCHES, lambda case, insn, ours, theirs: case.world.endswith("64") and 0x66 in prefixes(insn)),
     Error("an offset beyond the limit is noticed late, and reported with the selector", "vol. 2A, CALL", "lcall ljmp",
           lambda case, insn, ours, theirs: ours.vector == theirs.vector == GP, fields="error_code memory"),
     Error("real mode is refused before it is asked whether there is such an instruction", "vol. 2B, SYSRET", "sysret",
@@ -148,10 +220,20 @@ UNICORN_ERRORS = [
           lambda case, insn, ours, theirs: case.world == "code16"),
     Error("a bit number beyond the operand counts as that of the top bit", "vol. 2A, BZHI", "bzhi",
           lambda case, insn, ours, theirs: ours.flags & fl.CF != 0, fields="registers flags"),
+    Error("the number of the top bit sets CF", "vol. 2A, BZHI: CF is 1 for more than OperandSize - 1", "bzhi",
+          lambda case, insn, ours, theirs: ours.flags & fl.CF == 0, fields="flags"),
+    Error("the upper half of a 32-bit source counts", "vol. 2A, BEXTR", "bextr",
+          lambda case, insn, ours, theirs: WORLDS[case.world].bits == 64 and insn.operands[0].size == 4,
+          fields="registers flags"),
+    Error("a length beyond the operand leaves out the top bit", "vol. 2A, BEXTR", "bextr",
+          lambda case, insn, ours, theirs: source_of(case, insn) >> 8 & 0xFF >= insn.operands[0].size * 8,
+          fields="registers flags"),
     Error("in 16-bit code the operand has 32 bits", "vol. 2A, MOVBE; vol. 2B, POPCNT", "movbe popcnt",
           lambda case, insn, ours, theirs: WORLDS[case.world].bits == 16),
     Error("66 counts more than F3 or REX.W, and F2 more than F3", "vol. 2A, ADOX; vol. 2B, POPCNT", "adox popcnt",
-          lambda case, insn, ours, theirs: 0x66 in prefixes(case, insn) or 0xF2 in prefixes(case, insn)),
+          lambda case, insn, ours, theirs: 0x66 in prefixes(insn) or 0xF2 in prefixes(insn)),
+    Error("66 counts more than F3", "vol. 2D, table A-4: there is no F3 0F 38 F0", "movbe",
+          lambda case, insn, ours, theirs: ours.vector == UD and 0x66 in prefixes(insn) and 0xF3 in prefixes(insn)),
     Error("the upper half of a 32-bit mask counts", "vol. 2B, PDEP, PEXT", "pdep pext",
           lambda case, insn, ours, theirs: insn.operands[2].type == x86.X86_OP_REG, fields="registers"),
     Error("66, F2 and F3 are let through", "vol. 2A, 3.1.1.1: NP", "",
@@ -163,7 +245,48 @@ UNICORN_ERRORS = [
     Error("CF is the contrary", "vol. 2A, BLSI: CF is 0 for a source of zero", "blsi", fields="flags"),
     Error("ports are open to every privilege level", "vol. 1, 19.5.2", "in out insb insw insd outsb outsw outsd",
           lambda case, insn, ours, theirs: WORLDS[case.world].cpl > 0 and ours.vector == GP),
+    Error("nothing is accessed, not even to see if it may be", "vol. 2A, CLFLUSH: faults and A bit as of a byte load",
+          "clflush clflushopt clwb", lambda case, insn, ours, theirs: case.controls is not None
+          and only_tables_differ(ours, theirs), fields="vector error_code ip controls memory"),
+    Error("the constant behind the displacement is not counted", "vol. 2A, 2.2.1.6: RIP-relative", "shld shrd rorx",
+          lambda case, insn, ours, theirs: insn.operands[-1].type == x86.X86_OP_IMM and insn.modrm & 0xC7 == 5
+          and WORLDS[case.world].bits == 64),
+    Error("the final value of the stack pointer is not tried", "vol. 2A, ENTER: #PF", "enter",
+          lambda case, insn, ours, theirs: case.controls is not None and (
+              (ours.vector, theirs.vector) == (PF, None) or (
+                  ours.vector == theirs.vector and only_tables_differ(ours, theirs)))),
+    Error("flags have changed when the store faults", "vol. 3A, 6.5: faults", "rcl rcr",
+          lambda case, insn, ours, theirs: both(PF, ours, theirs), fields="flags"),
+    Error("what is at the end is not read", "vol. 2A, FLDENV", "fldenv frstor",
+          lambda case, insn, ours, theirs: case.controls is not None and only_tables_differ(ours, theirs),
+          fields="vector error_code ip controls memory"),
+    Error("the stack is read and written with the rights of level 0", "vol. 3A, 4.6: user-mode accesses",
+          f"{FAR_RETURNS} lcall call", lambda case, insn, ours, theirs: WORLDS[case.world].cpl == 3
+          and PF in (ours.vector, theirs.vector) and not is_near_call(insn)),
+    Error("the return address is pushed before it is asked whether code can be at the target", "vol. 2A, CALL", "call",
+          lambda case, insn, ours, theirs: (ours.vector, theirs.vector) == (GP, PF)),
+    Error("the registers that were popped before a fault have changed", "vol. 3A, 6.5: faults", "popaw popal",
+          lambda case, insn, ours, theirs: both(PF, ours, theirs), fields="registers"),
+    Error("what comes before a page that is refused is written", "vol. 3A, 6.5: faults",
+          "fnsave fnstenv fxsave fxsave64", lambda case, insn, ours, theirs: both(PF, ours, theirs),
+          fields="controls memory"),
+    Error("with VM in the image of EFLAGS, it goes to virtual-8086 mode from anywhere, and cuts EIP", "vol. 2A, IRET",
+          "iret iretd iretq", lambda case, insn, ours, theirs: theirs.flags & fl.VM != 0 and (
+              (ours.vector, ours.error_code) == (GP, 0) or case.world in ("user32", "user64", "long64"))),
+    Error("EFLAGS.AC counts for the processor's own accesses, too", "vol. 3A, 4.6.1: implicit accesses", "",
+          lambda case, insn, ours, theirs: smap_and_ac(case) and LAR in case.code and ours.vector == PF
+          and ours.error_code == 1 and ours.controls[1] >> 12 == GDT >> 12),
 ]  # fmt: skip
+
+# And where the manual leaves it open which of two faults comes first (vol. 3A, 6.9).
+TWO_OPERANDS = [f"cmps{suffix}" for suffix in "bwdq"]
+
+
+def other_fault_first(insn: capstone.CsInsn, ours: Outcome, theirs: Outcome, found: list[str]) -> bool:
+    """Two operands are not to be had, and each processor has tried another one of them first."""
+    in_both = insn.insn_name() in TWO_OPERANDS and both(PF, ours, theirs)
+    return in_both and fields_of(found) <= {"error_code", "controls"}
+
 
 # What is not compared at all.
 NOT_COMPARED = {
@@ -175,12 +298,14 @@ NOT_COMPARED = {
 }
 
 
-def known_error(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> Error | None:
-    """Which of Unicorn's errors it is, if it is one."""
+def known_error(
+    case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome, found: list[str]
+) -> Error | None:
+    """Which of Unicorn's errors it is, if it is one: `found` says in which fields the outcomes differ."""
+    differing = fields_of(found)
     for error in UNICORN_ERRORS:
         concerned = not error.names or insn.insn_name() in error.names.split()
         if concerned and error.applies(case, insn, ours, theirs):
-            differing = {name for name, mine, other in zip(Outcome._fields, ours, theirs) if mine != other}
             if not error.fields or differing <= set(error.fields.split()):
                 return error
     return None
@@ -205,16 +330,50 @@ def differences(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcom
     mask = 0xFFFFFFFF if left_64bit or found_no_bit(case, insn, ours) else -1
     for index, (mine, other) in enumerate(zip(ours.registers, theirs.registers)):
         if (mine ^ other) & mask:
-            found.append(f"register {index}: {mine:#x}, not {other:#x}")
+            found.append(f"registers[{index}]: {mine:#x}, not {other:#x}")
     compared = ~NOT_KEPT & ~(undefined_flags(case, insn) if ours.vector is None else 0)
     if (ours.flags ^ theirs.flags) & compared:
         found.append(f"flags: {ours.flags & compared:#x}, not {theirs.flags & compared:#x}")
-    if ours.memory != theirs.memory:
-        places = [place for place in range(SIZE) if ours.memory[place] != theirs.memory[place]]
+    places = different_places(ours.memory, theirs.memory)
+    if case.controls and (ours.vector == PF or led_elsewhere(case, insn, ours)):
+        # When a walk ends in a fault, Unicorn has set the accessed bit of the entries above the one at fault. The
+        # manual says only that it is set where an entry is used for a translation (4.8), and there was none. Which
+        # operand comes first it does not say. And where a jump leads to, Unicorn has looked at the code already.
+        places = [p for p in places if p not in PAGE_TABLE_BYTES or ours.memory[p] ^ theirs.memory[p] != ACCESSED]
+    if places:
         found.append(
             "memory: " + ", ".join(f"{ours.memory[p]:02x} at {p:x}, not {theirs.memory[p]:02x}" for p in places[:8])
         )
     return found
+
+
+def led_elsewhere(case: Case, insn: capstone.CsInsn, outcome: Outcome) -> bool:
+    """The instruction was a jump, or did not get through."""
+    return outcome.ip != case.start + insn.size - (CODE if WORLDS[case.world].real else 0)
+
+
+def fields_of(found: list[str]) -> set[str]:
+    """The fields of an Outcome that `differences` names."""
+    return {text.split(":")[0].split("[")[0] for text in found}
+
+
+def different_places(ours: bytes, theirs: bytes) -> list[int]:
+    """Where two memories differ."""
+    if ours == theirs:
+        return []
+    places, length = [0], SIZE
+    for size in (4096, 64, 1):  # pages, lines of those, bytes of those
+        starts = [start for place in places for start in range(place, place + length, size)]
+        places = [start for start in starts if ours[start : start + size] != theirs[start : start + size]]
+        length = size
+    return places
+
+
+def changed_memory(memory: bytes) -> Memory:
+    """What differs from the usual content, code aside, in words of eight bytes: as a Case has it."""
+    places = different_places(memory, usual_memory())
+    words = sorted({place & ~7 for place in places if not CODE <= place < DATA})
+    return tuple((word, memory[word : word + 8]) for word in words)
 
 
 class Comparison:
@@ -227,15 +386,90 @@ class Comparison:
         self.failures: list[str] = []
 
     def run(self, case: Case, insn: capstone.CsInsn) -> None:
+        """Run a case and note what comes out."""
+        ours, found = self.check(case, insn)
+        if found:
+            self.failures.append(f"{insn.mnemonic} {insn.op_str}: {'; '.join(found)}\n    {case!r}")
+        if ours:
+            self.compared[insn.id] += 1
+            self.completed[insn.id] += ours.vector is None
+
+    def check(self, case: Case, insn: capstone.CsInsn) -> tuple[Outcome | None, list[str]]:
+        """Run one instruction on both: our outcome (None if there is nothing to compare), and what is wrong with it."""
         if insn.insn_name() in NOT_COMPARED or insn.id not in DEFINITIONS:
-            return
+            return None, []
         try:
             theirs = self.theirs.run(case)
         except Unusable:
-            return
+            return None, []
         ours = self.ours.run(case)
         found = differences(case, insn, ours, theirs)
-        if found and not known_error(case, insn, ours, theirs):
-            self.failures.append(f"{insn.mnemonic} {insn.op_str}: {'; '.join(found)}\n    {case!r}")
-        self.compared[insn.id] += 1
-        self.completed[insn.id] += ours.vector is None
+        if found and (known_error(case, insn, ours, theirs, found) or other_fault_first(insn, ours, theirs, found)):
+            return ours, []
+        return ours, found
+
+    def check_block(self, case: Case) -> tuple[Case, Outcome | None, list[str]]:
+        """Run several instructions: each by itself on both, and then all in one go on ours, which must be the same.
+
+        Each begins with our outcome of the one before, so that what was undefined there is alike here. Tells the last
+        of these steps as a case of its own if it is what went wrong, or else the block.
+        """
+        step, ours, ports = case, None, ()
+        end, number = case.start, 0
+        while number < case.instructions:
+            insn = instruction_at(case, end)
+            if insn is None:
+                break
+            step = step._replace(start=end, instructions=1, repeats=repeats(insn, end))
+            outcome, found = self.check(step, insn)
+            if found:
+                return step, outcome, found
+            if outcome is None:
+                break
+            ours, ports, end, number = outcome, ports + outcome.ports, end + insn.size, number + 1
+            if ends_block(step, insn, outcome):
+                break
+            step = step._replace(registers=ours.registers, flags=ours.flags, memory=changed_memory(ours.memory))
+        if number < 2:
+            return step, ours, []
+        block = case._replace(instructions=number)
+        mine = self.ours.run(block)
+        return block, mine, unlike(mine, ours._replace(ports=ports))
+
+
+def instruction_at(case: Case, place: int) -> capstone.CsInsn | None:
+    """The next instruction of the case; where `place` is elsewhere in memory, it is made of the same bytes there."""
+    code = case.code[place - CODE :] if CODE <= place <= CODE + len(case.code) else case.code
+    return decode(code, WORLDS[case.world].bits)
+
+
+# What changes something that a Case does not have.
+CHANGES_MORE = (
+    "clts fldcw fldenv fnclex fninit fnsave frstor fxrstor fxrstor64 hlt invd ldmxcsr lgdt lidt lldt ltr swapgs "
+    "wrfsbase wrgsbase wrmsr fnstenv"
+).split()
+
+
+def ends_block(case: Case, insn: capstone.CsInsn, outcome: Outcome) -> bool:
+    """Whether what comes then cannot be told by a Case: the instruction led elsewhere, or changed more than it has."""
+    world = WORLDS[case.world]
+    controls = (case.controls[0], 0, *case.controls[1:3]) if case.controls else world.controls
+    return (
+        outcome.vector is not None
+        or outcome.flags & fl.TF != 0
+        or led_elsewhere(case, insn, outcome)
+        or outcome.selectors != world.selectors
+        or outcome.controls != controls
+        or insn.insn_name() in CHANGES_MORE
+    )
+
+
+def unlike(block: Outcome, steps: Outcome) -> list[str]:
+    """What came out otherwise in one go than one by one."""
+    found = [
+        f"{name} in one go: {one}, not {other}"
+        for name, one, other in zip(Outcome._fields, block, steps)
+        if name != "memory" and one != other
+    ]
+    places = different_places(block.memory, steps.memory)[:8]
+    return found + [f"memory in one go: {block.memory[p]:02x} at {p:x}, not {steps.memory[p]:02x}" for p in places]

@@ -1,7 +1,8 @@
-"""Runs the shipped guests on QEMU, an x86 that we did not write.
+"""Runs the guests on QEMU, an x86 that we did not write.
 
-QEMU has no way to load a flat file at 0x7C00 and start it in real mode; a BIOS would do that, from a disk. So the
-"BIOS" is a ROM made here: it holds the guest, and the few instructions that copy it to 0x7C00 and jump there.
+QEMU boots Linux, but has no way to load the shipped guests: flat files at 0x7C00, started in real mode. A BIOS would do
+that, from a disk. So the "BIOS" is a ROM made here: it holds the guest, and the few instructions that copy it to 0x7C00
+and jump there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import select
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -56,23 +58,20 @@ def make_rom(guest: bytes) -> bytes:
     return bytes(rom)
 
 
-class Qemu:
+class QemuProcess:
     """A guest on QEMU with COM1 on pipes; use it in a `with`. Skips the test where QEMU is not installed."""
 
-    def __init__(self, guest: str, directory: Path, program: str = "qemu-system-i386"):
+    def __init__(self, program: str, arguments: list[str]):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-        rom = directory / f"{guest}.rom"
-        rom.write_bytes(make_rom((GUESTS / f"{guest}.bin").read_bytes()))
         self.output = b""
         self.process = subprocess.Popen(
-            [program, "-cpu", CPU_MODEL[program], "-accel", "tcg", "-m", "64", "-nodefaults", "-display", "none"]
-            + ["-serial", "stdio", "-no-reboot", "-bios", str(rom)],
+            [program, "-accel", "tcg", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
-    def __enter__(self) -> Qemu:
+    def __enter__(self):
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -101,3 +100,46 @@ class Qemu:
     def wait(self, timeout: float = 20) -> int:
         """QEMU's exit code, once the guest has reset the machine (-no-reboot makes that the end)."""
         return self.process.wait(timeout)
+
+
+class Qemu(QemuProcess):
+    """One of the shipped guests."""
+
+    def __init__(self, guest: str, directory: Path, program: str = "qemu-system-i386"):
+        rom = directory / f"{guest}.rom"
+        rom.write_bytes(make_rom((GUESTS / f"{guest}.bin").read_bytes()))
+        super().__init__(program, ["-cpu", CPU_MODEL[program], "-m", "64", "-bios", str(rom)])
+
+
+# ---- Linux ----
+
+
+def linux_guest() -> Path:
+    """Where the Linux guest is; skips the test if it is not there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = Path(os.environ.get("LINUX_GUEST_DIR") or cache / "mini-bhyve" / "linux")
+    if not (directory / "made-from").exists():
+        pytest.skip("there is no Linux guest: make linux-guest builds it")
+    return directory
+
+
+class LinuxOnQemu(QemuProcess):
+    """The Linux guest at its prompt, on a PC like ours: no PCI, no ACPI, an MP table; what is on it is in `options`."""
+
+    def __init__(self, memory: int, options: Sequence[str] = ()):
+        directory = linux_guest()
+        files = ["-kernel", str(directory / "bzImage"), "-initrd", str(directory / "initrd.cpio")]
+        machine = ["-M", "microvm,acpi=off", "-device", "i8042", "-cpu", "qemu64", "-m", str(memory)]
+        machine += ["-append", "console=ttyS0 quiet"]
+        super().__init__("qemu-system-x86_64", [*machine, *files, *options])
+
+    def __enter__(self):
+        self.boot_messages = self.read_until("\n# ", timeout=60)
+        return self
+
+    def ask(self, command: str) -> str:
+        """What the guest answers to a command, without its echo and the next prompt."""
+        self.send(command + "\n")
+        answer = self.read_until("\n# ", timeout=60)
+        assert answer.startswith(command + "\r\n")
+        return answer[len(command) + 2 : -2]

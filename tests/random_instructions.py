@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
 import capstone
@@ -138,6 +139,35 @@ EDGES = sorted(
 )
 
 
+def repeats(insn: capstone.CsInsn, start: int = CODE) -> int:
+    """Where a string instruction with a REP prefix ends that begins at `start`; 0 if it is none."""
+    prefixes = insn.bytes[: insn.bytes.index(insn.opcode[0])]
+    repeated = insn.insn_name()[:-1] in STRINGS and (0xF2 in prefixes or 0xF3 in prefixes)
+    return start + insn.size if repeated else 0
+
+
+def memory_operand(insn: capstone.CsInsn) -> object | None:
+    """The first one, if there is one."""
+    return next((operand.mem for operand in insn.operands if operand.type == x86.X86_OP_MEM), None)
+
+
+def segment_of(where: object) -> int:
+    """The segment register that a memory operand goes through."""
+    base = REGISTERS.get(where.base)
+    return SEGMENTS.get(where.segment, SS if base in (RSP, RBP) else DS)
+
+
+def offset_of(insn: capstone.CsInsn, where: object, registers: Sequence[int], start: int) -> int:
+    """The offset of a memory operand in its segment; the instruction begins at `start`."""
+    base, index = REGISTERS.get(where.base), REGISTERS.get(where.index)
+    offset = where.disp + (registers[base] if base is not None else 0)
+    if where.base in (x86.X86_REG_RIP, x86.X86_REG_EIP):
+        offset += start + insn.size
+    if index is not None:
+        offset += registers[index] * where.scale
+    return offset & (1 << insn.addr_size * 8) - 1
+
+
 class Unfit(Exception):
     """These random bytes make no case."""
 
@@ -150,6 +180,8 @@ class Generator:
         self.random = random.Random(f"{world.name} {seed}")
         self.wide = world.bits == 64
         self.at_page_ends = at_page_ends
+        self.start = CODE  # of the instruction that is being made
+        self.keep_registers = False  # they are what they are: it has to fit them
 
     def number(self) -> int:
         """A number that is likely to be trouble."""
@@ -233,11 +265,14 @@ class Generator:
     def aim_operand(self, insn: capstone.CsInsn, where: object, code: bytearray, registers: list[int]) -> None:
         width = insn.addr_size * 8
         base, index = REGISTERS.get(where.base), REGISTERS.get(where.index)
-        segment = SEGMENTS.get(where.segment, SS if base in (RSP, RBP) else DS)
-        target = self.target(segment, width)
+        target = self.target(segment_of(where), width)
         mask, scale = (1 << width) - 1, where.scale
         if where.base in (x86.X86_REG_RIP, x86.X86_REG_EIP):
-            self.patch(insn, code, target - CODE - insn.size)
+            self.patch(insn, code, target - self.start - insn.size)
+        elif self.keep_registers:
+            parts = (registers[base] if base is not None else 0), (registers[index] if index is not None else 0) * scale
+            if insn.disp_size > 1:
+                self.patch(insn, code, target - sum(parts))
         elif base is not None and base != index:
             beside = (registers[index] * scale if index is not None else 0) + where.disp
             registers[base] = registers[base] & ~mask | (target - beside) & mask
@@ -278,27 +313,43 @@ class Generator:
             raise Unfit  # the preparation turned a register that the address depends on
         if not DATA <= self.stack(registers) < SIZE - ROOM:
             raise Unfit  # or the address depends on the stack pointer
-        prefixes = code[: code.index(insn.opcode[0])]
-        repeats = insn.insn_name()[:-1] in STRINGS and (0xF2 in prefixes or 0xF3 in prefixes)
-        case = Case(self.world.name, bytes(code), tuple(registers), self.flags(), tuple(memory), 1, repeats)
-        return case, decode(bytes(code), self.world.bits)
+        insn = decode(bytes(code), self.world.bits)
+        case = Case(self.world.name, bytes(code), tuple(registers), self.flags(), tuple(memory), 1, repeats(insn))
+        return case, insn
+
+    def instruction(self, stem: Stem, registers: list[int], start: int) -> tuple[bytes, capstone.CsInsn]:
+        """An instruction for a place in the middle of other code, and for the registers there. May raise Unfit."""
+        code = bytearray(self.encode(stem))
+        insn = decode(bytes(code), self.world.bits)
+        if insn is None or insn.size > 15:
+            raise Unfit
+        del code[insn.size :]
+        self.start, self.keep_registers = start, True
+        try:
+            prepared = list(registers)
+            self.aim(insn, code, prepared)
+            insn = decode(bytes(code), self.world.bits)
+            prepare = PREPARATIONS.get(insn.insn_name())
+            if prepare:
+                prepare(self, insn, code, prepared)  # what it would have in memory, the code before may need otherwise
+            place = self.place(insn, registers)
+        finally:
+            self.start, self.keep_registers = CODE, False
+        if prepared != list(registers) or (place is not None and not DATA <= place < SIZE - ROOM):
+            raise Unfit
+        low, high = self.offsets(SS, 16 if self.world.bits == 16 else 64)
+        if not low <= registers[RSP] & (0xFFFF if self.world.bits == 16 else -1) < high:
+            raise Unfit
+        return bytes(code), decode(bytes(code), self.world.bits)
 
     def place(self, insn: capstone.CsInsn, registers: list[int]) -> int | None:
         """The linear address of the memory operand, if there is one, now that it has been aimed; -1: out of reach."""
-        for operand in insn.operands:
-            if operand.type == x86.X86_OP_MEM:
-                where = operand.mem
-                base, index = REGISTERS.get(where.base), REGISTERS.get(where.index)
-                offset = where.disp + (registers[base] if base is not None else 0)
-                if where.base in (x86.X86_REG_RIP, x86.X86_REG_EIP):
-                    offset += CODE + insn.size
-                if index is not None:
-                    offset += registers[index] * where.scale
-                segment = SEGMENTS.get(where.segment, SS if base in (RSP, RBP) else DS)
-                offset &= (1 << insn.addr_size * 8) - 1
-                beyond_limit = self.world.bits == 16 and offset > 0x10000 - ROOM
-                return -1 if beyond_limit else offset + self.base(segment)
-        return None
+        operand = memory_operand(insn)
+        if operand is None:
+            return None
+        offset = offset_of(insn, operand, registers, self.start)
+        beyond_limit = self.world.bits == 16 and offset > 0x10000 - ROOM
+        return -1 if beyond_limit else offset + self.base(segment_of(operand))
 
     def stack(self, registers: list[int]) -> int:
         """The linear address of the top of the stack."""

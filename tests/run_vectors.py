@@ -24,6 +24,7 @@ from mini_bhyve.memory import GuestMemory
 from mini_bhyve.registers import CR0_EM, CR0_ET, CR0_MP, CR0_PE, CR0_PG, CR0_TS
 
 GENERAL = "ax cx dx bx sp bp si di".split()
+REGISTERS_286 = (*GENERAL, "cs", "ds", "es", "ss", "ip", "flags")
 HLT = 0xF4
 MAX_INSTRUCTIONS = 400  # a REP counts for each of its stretches
 RAM_BYTES = 16 << 20  # all that the captured processors address
@@ -37,6 +38,10 @@ EXTENDED_FORMS = bytes((0x80, 0x81, 0x82, 0x83, 0xC0, 0xC1, *range(0xD0, 0xD4), 
 FLAGS_286 = fl.ARITHMETIC | fl.TF | fl.IF | fl.DF
 FLAGS_386 = FLAGS_286 | fl.IOPL | fl.NT
 CR0_386 = CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_PG
+
+
+# What reading a test raises if it is none.
+NO_TEST = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class DamagedFile(Exception):
@@ -60,23 +65,24 @@ class Vector(NamedTuple):
 
     @classmethod
     def from_json(cls, line: str) -> Vector:
-        """From a line of the file. Raises ValueError, KeyError or TypeError if it is no test."""
+        """From a line of the file. Raises one of NO_TEST if it is no test."""
         test = json.loads(line)
-        given = test["regs"]
-        is_386 = "eax" in given
-        registers, changed = _short_names(given), _short_names(test.get("final_regs", {}))
+        given, changed = _short_names(test["regs"]), _short_names(test.get("final_regs", {}))
+        registers = {**dict.fromkeys(REGISTERS_286, 0), **given}
         ram = {int(address): int(byte) & 0xFF for address, byte in test["ram"]}
         final_ram = {int(address): int(byte) & 0xFF for address, byte in test.get("final_ram", ())}
-        if not all(0 <= address < RAM_BYTES for address in {**ram, **final_ram}):
-            raise ValueError
         code = bytes.fromhex(test["bytes"])
+        fits = all(0 <= address < RAM_BYTES for address in {**ram, **final_ram})
+        fits &= all(0 <= value < 1 << 32 for value in (*registers.values(), *changed.values()))
+        if not (fits and "cs" in given and given["ip"] < 0x10000 and code.lstrip(PREFIXES)):
+            raise ValueError
         exception = test.get("exception")
         return cls(
             name=str(test.get("name", code.hex())),
             code=code,
             opcode=str(test.get("opcode", code.hex())),
-            is_386=is_386,
-            registers={name: registers[name] for name in ("cs", "ip")} | registers,
+            is_386="eax" in test["regs"],
+            registers=registers,
             ram=ram,
             final={**registers, **changed},
             changed=frozenset(changed),
@@ -395,7 +401,7 @@ def read_tests(path: str) -> Iterator[Vector]:
         raise DamagedFile(f"{path} cannot be read: {error.strerror or error}.") from None
     except (EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DamagedFile(f"{path} is damaged behind line {number}: {error}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except NO_TEST:
         raise DamagedFile(f"{path} is damaged: line {number} is not a test.") from None
     if not number:
         raise DamagedFile(f"{path} holds no tests.")

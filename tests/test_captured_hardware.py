@@ -155,6 +155,33 @@ def test_a_missing_or_damaged_file_is_told_in_one_sentence(tmp_path, capsys, con
     assert sentence in printed.err and printed.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps(test_of("", {"ax": 0}, {})).replace("f4", ""),
+        json.dumps({**test_of("90", {"ax": 0}, {}), "bytes": "2666"}),
+        *(json.dumps(test_of("90", {"ax": 0, name: value}, {})) for name, value in
+          [("ip", 1 << 16), ("ip", -5), ("ax", 1 << 32), ("ax", float("inf"))]),
+        json.dumps(test_of("90", {"ax": 0}, {"cs": -1})),
+        json.dumps({**test_of("90", {"ax": 0}, {}), "regs": {"cs": 0}}),
+        "[" * 100_000,
+    ],
+    ids=["no bytes", "prefixes only", "far", "below 0", "33 bits", "infinite", "below 0 at the end", "no IP", "deep"],
+)  # fmt: skip
+def test_what_no_processor_can_be_in_is_no_test(tmp_path, capsys, line):
+    path = tmp_path / "some.jsonl.gz"
+    path.write_bytes(gzip.compress(line.encode() + b"\n"))
+    assert main(str(path)) == 2
+    assert capsys.readouterr().err == f"{path} is damaged: line 1 is not a test.\n"
+
+
+def test_registers_that_a_test_does_not_give_are_zero(tmp_path, capsys):
+    test = test_of("cc", {"ax": 0}, {"cs": 0, "ip": 1, "sp": 0xFFFA, "flags": 0})
+    del test["regs"]["ss"], test["regs"]["bx"]
+    pushed = [[0xFFFA, 1], [0xFFFC, 0], [0xFFFD, 1]]
+    assert main(file_of(tmp_path, [{**test, "final_ram": pushed, "exception": 3}])) == 0, capsys.readouterr().out
+
+
 def test_the_runner_is_a_command(tmp_path):
     command = [sys.executable, "-m", "tests.run_vectors"]
     good, damaged = tmp_path / "good.jsonl.gz", tmp_path / "damaged.jsonl.gz"

@@ -178,6 +178,18 @@ def test_a_page_fault_forgets_the_page_so_that_copy_on_write_needs_no_invlpg():
     assert memory.read(0x300000, 4) == (501).to_bytes(4, "little")
 
 
+@pytest.mark.parametrize(
+    "code", ["d3 20", "d3 28", "d3 38", "d3 00", "d3 08", "d3 10", "d3 18", "0f a5 08", "0f ad 08", "63 08"],
+    ids="shl shr sar rol ror rcl rcr shld shrd arpl".split(),
+)  # fmt: skip
+def test_a_destination_has_to_be_writable_even_if_it_does_not_change(code):
+    # xor ecx, ecx; mov eax, PAGE; the instruction with [eax] and CL or CX; hlt
+    cpu = paged_cpu(f"31c9  b8 00004000  {code}  f4", table_entry=0x200003)
+    run_to_halt(cpu)
+    assert int.from_bytes(cpu.memory.read(TABLE, 4), "little") & 0x40  # the page is dirty
+    assert cpu.memory.read(0x200000, 4) == bytes(4)
+
+
 def test_invlpg_forgets_all_of_a_large_page():
     cpu = paged_cpu("", table_entry=0)
     memory = cpu.memory

@@ -254,6 +254,13 @@ def test_int1_is_a_debug_exception_with_the_address_behind_it():
     assert DebuggedGuest("f1 f4").log() == [Entry(1, False, 0)]
 
 
+def test_int1_takes_a_breakpoint_that_mov_ss_has_met_along():
+    # mov ss, [DATA]; int1; nop
+    guest = DebuggedGuest("8e15 00b00000 f1 90" + STOP, {1: (DATA, READ_WRITE | WORD)})
+    guest.words(DATA, [0x10])
+    assert guest.log() == [Entry(7, False, B1)]
+
+
 def test_a_guest_is_debugged_alike_in_any_slices():
     def run(slice_of: int) -> tuple:
         program = TRACE + STORE_LONG.format(at(DATA)) + "b9 03000000 90 e2fd" + STOP

@@ -80,6 +80,14 @@ def test_keyboard_and_auxiliary_device_are_switched_off_and_on_in_the_command_by
         assert bench.answers()[0] & bit == expected
 
 
+def test_what_is_sent_to_the_keyboard_switches_it_on():
+    bench = Bench()
+    bench.command(0xAD)
+    assert bench.keyboard(0xEE) == [0xEE]
+    bench.command(0x20)
+    assert bench.answers() == [0x65]
+
+
 def test_the_output_port_opens_and_closes_the_a20_gate():
     bench = Bench()
     for value in (0xDF, 0xDF, 0xDD):
@@ -112,9 +120,11 @@ def test_a_byte_can_be_put_where_the_keyboards_come():
 
 def test_there_is_no_auxiliary_device():
     bench = Bench()
-    bench.command(0xD3, 0x5A)
     bench.command(0xD4, 0xFF)
     assert bench.answers() == []
+    bench.command(0xD3, 0x5A)
+    assert not bench.kbc.inb(COMMAND) & 0x20  # not from the auxiliary device
+    assert bench.answers() == [0x5A]
 
 
 # ---- The keyboard

@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 
 from mini_bhyve.devices import Pic
 from mini_bhyve.ide import COMMAND_TIME, Ide
+from mini_bhyve.ioapic import IOAPIC_ADDRESS, IoApic
+from mini_bhyve.kbc import KeyboardController
 from mini_bhyve.rtc import Rtc
 from mini_bhyve.uart import Uart16550
 
@@ -76,6 +78,14 @@ class Qemu:
 
     def outb(self, port: int, value: int) -> None:
         self.ask(f"outb {port:#x} {value:#x}")
+
+    def read_memory(self, address: int, size: int) -> int:
+        assert size == 4
+        return int(self.ask(f"readl {address:#x}"), 16)
+
+    def write_memory(self, address: int, value: int, size: int) -> None:
+        assert size == 4
+        self.ask(f"writel {address:#x} {value:#x}")
 
     def close(self) -> None:
         self.qmp.close()
@@ -266,6 +276,98 @@ def test_the_memory_size_cells_are_those_of_qemu(qemu):
     rtc = make_rtc()
     cells = (0x15, 0x16, 0x17, 0x18, 0x30, 0x31, 0x34, 0x35, 0x5B, 0x5C, 0x5D)
     assert [read(rtc, cell) for cell in cells] == [read(qemu, cell) for cell in cells]
+
+
+# ---- 82093AA. Nobody says EOI there, as the processor does not run; what follows one is compared in kernel_view. Pins
+# 3 and 4 are edge triggered, 5 and 6 level triggered: QEMU's does not see a line that was high when it became so.
+
+LEVEL, MASKED = 0x8000, 0x10000
+TRIGGER = {3: 0, 4: 0, 5: LEVEL, 6: LEVEL}
+ioapic_steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("line"), st.integers(3, 6), st.booleans()),
+        st.tuples(st.just("entry"), st.integers(3, 6), st.sampled_from([0, MASKED])),
+        st.tuples(st.just("entry"), st.integers(3, 6), st.sampled_from([0x100, 0x7800, MASKED | 0x3000])),
+        st.tuples(st.just("destination"), st.integers(0, 23), st.integers(0, 255)),
+        st.tuples(st.just("id"), st.integers(0, 15)),
+    ),
+    max_size=30,
+)
+
+
+@unhurried
+@given(ioapic_steps)
+def test_an_io_apic_does_as_qemus_does(qemu, steps):
+    ioapic = IoApic(lambda *message: None)
+
+    def access(register: int, value: int | None = None) -> None:
+        answers = []
+        for device in (ioapic, qemu):
+            device.write_memory(IOAPIC_ADDRESS, register, 4)
+            if value is not None:
+                device.write_memory(IOAPIC_ADDRESS + 0x10, value, 4)
+            answers.append(device.read_memory(IOAPIC_ADDRESS + 0x10, 4))
+        # The version is another: QEMU's has a register for EOI.
+        assert (answers[0] ^ answers[1]) & (0xFFFFFF00 if register == 1 else 0xFFFFFFFF) == 0, (register, answers)
+
+    def line(pin: int, high: bool) -> None:
+        ioapic.set_pin(pin, high)
+        qemu.ask(f"set_irq_in /machine/i440fx/ioapic unnamed-gpio-in {pin} {high:d}")
+
+    access(0, 0)
+    for pin in range(24):
+        line(pin, False)
+        access(0x10 + 2 * pin, MASKED)  # which makes an edge of it, that no longer waits for EOI
+        access(0x10 + 2 * pin, MASKED | TRIGGER.get(pin, 0))
+        access(0x11 + 2 * pin, 0)
+    for step, *arguments in steps:
+        if step == "line":
+            line(*arguments)
+        elif step == "entry":
+            access(0x10 + 2 * arguments[0], arguments[1] | TRIGGER[arguments[0]] | 0x40 + arguments[0])
+        elif step == "destination":
+            access(0x11 + 2 * arguments[0], arguments[1] << 24)
+        else:
+            access(0, arguments[0] << 24)
+        for register in (0, 1, 2, *range(0x10, 0x40)):
+            access(register)
+
+
+# ---- 8042. QEMU's has a mouse, so what has to do with that is left out; and what is said to the keyboard before its
+# last answer has been read ends that answer there.
+
+
+@unhurried
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("controller"), st.sampled_from([(0xAA,), (0xAB,), (0x20,), (0xD0,), (0xD2, 0x1C)])),
+            st.tuples(st.just("controller"), st.sampled_from([(0xAD,), (0xAE,), (0x60, 0x45), (0x60, 0x61)])),
+            st.tuples(
+                st.just("keyboard"),
+                st.sampled_from([(0xFF,), (0xF2,), (0xEE,), (0xED, 0x07), (0xF3, 0x20), (0xF4,), (0xF5,), (0xF6,)]),
+            ),
+        ),
+        max_size=12,
+    )
+)
+def test_a_keyboard_controller_does_as_qemus_does(qemu, steps):
+    kbc = KeyboardController(lambda level: None, lambda enabled: None, lambda: None)
+    answers: list[list[list[int]]] = [[], []]
+    for device, seen in zip((kbc, qemu), answers):
+        for port, value in ((0x64, 0xA7), (0x64, 0xAE), (0x64, 0x60), (0x60, 0x65), (0x60, 0xF6)):
+            device.outb(port, value)
+        while device.inb(0x64) & 1:
+            device.inb(0x60)
+        device.outb(0x64, 0xD1)
+        device.outb(0x60, 0x03)
+        for step, data in steps:
+            seen.append([])
+            for number, value in enumerate(data):
+                device.outb(0x64 if step == "controller" and number == 0 else 0x60, value)
+                while device.inb(0x64) & 1:
+                    seen[-1].append(device.inb(0x60))
+    assert answers[0] == answers[1]
 
 
 # ---- ATA disks. QEMU aborts where our drives find no sector, and sets DSC after some commands only. What stands in the

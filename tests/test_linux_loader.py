@@ -225,6 +225,18 @@ def test_the_command_line_is_a_string_in_memory_without_the_kernels_name(memory,
     assert string_at(memory, told["cmd_line_ptr"]) == os.fsencode(append)
 
 
+@pytest.mark.parametrize(("append", "told"), [("", "device=1"), ("quiet -- single", "device=1 quiet -- single")])
+def test_what_the_machine_has_to_tell_linux_comes_before_the_users_words(memory, file, append, told):
+    for kernel in (make_vmlinux(), make_bzimage(make_vmlinux())):
+        page = zero_page(memory, load_kernel(memory, file(kernel), append, for_linux="device=1"))
+        assert string_at(memory, page["cmd_line_ptr"]) == told.encode()
+
+
+def test_what_only_linux_can_be_told_is_no_reason_to_refuse_another_kernel(memory, file):
+    elf = make_elf([(MIB, MIB, b"\xf4", 1)], MIB)
+    assert load_kernel(memory, file(elf), for_linux="device=1").entry == MIB
+
+
 @pytest.mark.parametrize(("size", "limit"), [(255, 255), (2047, 2047), (0xFFFFFFFF, 31743)])
 def test_a_command_line_longer_than_the_kernel_or_the_room_for_it_is_refused(memory, file, size, limit):
     path = file(make_bzimage(make_vmlinux(), cmdline_size=size))

@@ -33,12 +33,14 @@ from long_mode_guest import (
     USER_CODE32,
     USER_DATA,
     LongModeGuest,
+    assemble,
     gate,
 )
 
+from mini_bhyve import msr
 from mini_bhyve import segmentation as seg
 from mini_bhyve.faults import GP, NP, SS, TS
-from mini_bhyve.operands import RAX, RBP, RBX, RSP
+from mini_bhyve.operands import RAX, RBP, RBX, RCX, RDX, RSP
 
 CALL_GATE, BREAK = 12, "cd81"
 CALL = "ff1c25 00900000"  # call far [9000h]; the offset, which a gate overrides, is there, and then the selector
@@ -294,6 +296,19 @@ def test_iret_with_nt_set_is_refused_in_long_mode():
     made = with_frame(IRETQ, KERNEL_CODE, TARGET, KERNEL_CODE, 2, STACK, KERNEL_DATA)
     made.cpu.write_eflags(1 << 14)
     assert made.run().fault() == (GP, 0, CODE)
+
+
+@pytest.mark.parametrize("program", [RETFQ, IRETQ])
+def test_gs_with_a_segment_of_the_kernel_becomes_null_on_the_way_out_and_keeps_its_base(program):
+    flags = [2] if program == IRETQ else []
+    made = with_frame(program, KERNEL_CODE, TARGET, USER_CODE | 3, *flags, STACK, USER_DATA | 3)
+    msr.set_base(made.cpu, seg.GS, 0x9000)
+    made.words(0x9000, 0x1234)
+    made.memory.load(TARGET, assemble("65 8b0c25 00000000 cd01"))  # mov ecx, gs:[0]; int 1
+    made.memory.load(HANDLERS + 16, assemble("65 8b1425 00000000 f4"))  # mov edx, gs:[0]; hlt
+    made.run()
+    assert made.selectors["gs"] == 0
+    assert (made.cpu.regs[RCX].value, made.cpu.regs[RDX].value) == (0x1234, 0x1234)
 
 
 # --- Segments are marked as accessed when they are loaded -------------------------------------------------------------

@@ -249,6 +249,29 @@ def test_what_level_0_had_in_its_data_segments_is_gone_in_level_3():
     assert (guest.cpu.regs[RAX].value, guest.cpu.regs[RBX].value) == (0x23, 0)
 
 
+@pytest.mark.parametrize("flags, return_", [("", "cb"), ("9c", "cf")], ids=["retf", "iret"])
+def test_of_a_stack_pointer_for_a_16_bit_stack_only_the_low_half_is_returned_to(flags, return_):
+    # push 43h; push 1234D000h; (pushf;) push 1Bh; push 0A000h; retf or iret
+    guest = Guest(f"6a43 68 00d03412 {flags} 6a1b 68 00a00000 {return_}")
+    guest.words(GDT + 0x40, [0x0000FFFF, 0x0000F300])
+    guest.memory.load(0xA000, assemble("89e1 cd81"))  # mov ecx, esp; int 81h
+    guest.run()
+    assert guest.ended_in == END
+    assert guest.cpu.regs[RCX].value == 0xD000
+
+
+@pytest.mark.parametrize("flags", [fl.VIF, fl.VIP, fl.VIF | fl.VIP])
+def test_iretd_at_level_0_alone_changes_the_virtual_interrupt_flags(flags):
+    return_with_flags = f"68 {(flags | 2).to_bytes(4, 'little').hex()} "
+    guest = Guest(return_with_flags + "6a08 68 0d800000 cf 9c 5b f4")  # ...; push 8; push ...; iret; pushf; pop ebx
+    guest.run()
+    assert guest.cpu.regs[RBX].value & (fl.VIF | fl.VIP) == flags
+    guest = Guest(level_3=return_with_flags + "9d 9c 5b cd81")  # popf; pushf; pop ebx; int 81h
+    guest.run()
+    assert guest.ended_in == END
+    assert guest.cpu.regs[RBX].value & (fl.VIF | fl.VIP) == 0
+
+
 @pytest.mark.parametrize(
     "stack_segment, stack_top, tss_limit, expected",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from virtio_tools import (
     CONFIG,
     CONFIG_CHANGE,
     DESCRIPTORS,
+    DEVICE_FEATURES,
+    DEVICE_FEATURES_SEL,
     DEVICE_ID,
     DRIVER_FEATURES,
+    DRIVER_FEATURES_SEL,
     DRIVER_OK,
     FEATURES_OK,
     FLUSH,
@@ -91,12 +95,18 @@ def driver(hand) -> Driver:
 
 def test_the_registers_say_what_it_is(hand):
     driver = Driver(hand)
-    assert hand.peek(hand.base, 4) == b"\xff" * 4  # they are 32 bits wide, and answer nothing else
     assert driver.get(MAGIC).to_bytes(4, "little") == b"virt"
     assert (driver.get(VERSION), driver.get(DEVICE_ID), driver.get(STATUS)) == (2, 2, 0)
     assert driver.offered == ALL
     assert (driver.get(QUEUE_NUM_MAX), driver.get(0xB0), driver.get(0xB4)) == (128, 0xFFFFFFFF, 0xFFFFFFFF)
     assert driver.get(0xFC) == 0
+
+
+def test_a_register_is_32_bits_wide_and_nothing_else(hand):
+    for size in (1, 2, 8):
+        assert hand.device.read_memory(hand.base + MAGIC, size) == (1 << 8 * size) - 1
+        hand.device.write_memory(hand.base + STATUS, FEATURES_OK >> 3, size)
+        assert Driver(hand).get(STATUS) == 0
 
 
 def test_the_configuration_is_read_in_any_width(hand):
@@ -114,6 +124,18 @@ def test_only_version_1_and_what_is_offered_can_be_agreed_upon(hand):
     assert not driver.choose(ALL & ~VERSION_1)
     assert not driver.choose(ALL | RO)
     assert not driver.choose(ALL | 1 << 63)
+
+
+def test_there_are_64_features(hand):
+    driver = Driver(hand)
+    driver.choose(0)
+    for half in (2, 0xFFFFFFFF):
+        driver.set(DEVICE_FEATURES_SEL, half)
+        assert driver.get(DEVICE_FEATURES) == 0
+        driver.set(DRIVER_FEATURES_SEL, half)
+        driver.set(DRIVER_FEATURES, 0xFFFFFFFF)
+        assert hand.device.driver_features == 0
+    hand.replace()
 
 
 def test_features_cannot_be_changed_once_they_are_agreed_upon(hand):
@@ -141,7 +163,7 @@ def test_a_reset_takes_everything_back(hand, driver):
     driver.offer(driver.chain(0, [Descriptor(BUFFERS, 16), Descriptor(BUFFERS + 16, 1, WRITE)]))
     driver.notify()
     driver.set(STATUS, 0)
-    hand.wait()
+    assert hand.device.deadline is None
     assert not driver.collect() and not hand.line.high
     fresh = Hand.make_device(hand)
     for register in range(0, CONFIG, 4):
@@ -180,13 +202,23 @@ def test_an_unknown_request_is_said_to_be_unsupported(driver):
         assert driver.request(kind, 0, room=8) == Answer(UNSUPP, b"\xee" * 8, 0)
 
 
-def test_a_request_larger_than_the_device_said_is_an_error(hand, driver):
+def test_a_request_larger_than_the_device_said_is_an_error(path):
+    os.truncate(path, 16 * MIB)
+    hand = Hand(path)
+    driver = Driver(hand)
+    driver.start()
     large = [Descriptor(0, MIB, WRITE)] * 9
     driver.bus.poke(BUFFERS, struct.pack("<IIQ", IN, 0, 0))
     driver.offer(driver.chain(0, [Descriptor(BUFFERS, 16), *large, Descriptor(BUFFERS + 16, 1, WRITE)]))
     driver.notify()
     hand.wait()
     assert driver.collect() == [(0, 0)] and hand.peek(BUFFERS + 16, 1) == bytes([IOERR])
+    assert driver.request(IN, 0, room=63 * SECTOR).status == OK
+
+
+def test_a_chain_may_be_as_long_as_the_queue(driver):
+    cuts = range(16 + SECTOR, 16 + 14 * SECTOR + 1, SECTOR)
+    assert driver.request(IN, 0, room=14 * SECTOR, cuts=cuts) == Answer(OK, CONTENTS[: 14 * SECTOR], 14 * SECTOR + 1)
 
 
 def test_a_disk_that_is_read_only_says_so_and_keeps_what_it_has(path):
@@ -407,13 +439,19 @@ MALFORMED = {
         ANSWER,
     ],
     "a request behind its answer": [ANSWER._replace(flags=WRITE | NEXT, next=1), HEADER],
-    "an indirect table": [HEADER._replace(flags=INDIRECT)],
+    "an indirect table": [HEADER._replace(flags=INDIRECT | NEXT, next=1), ANSWER._replace(address=BUFFERS + 16)],
+    "a write whose status is outside of RAM": [
+        HEADER._replace(length=16 + SECTOR, flags=NEXT, next=1),
+        ANSWER._replace(address=MIB),
+    ],
 }
 
 
 @pytest.mark.parametrize("nonsense", MALFORMED)
 def test_a_chain_that_makes_no_sense_stops_the_device_until_it_is_reset(path, hand, driver, nonsense):
+    hand.poke(BUFFERS, struct.pack("<IIQ", OUT, 0, 0))
     ram = hand.peek(BUFFERS, 0x1000)
+    driver.describe(QUEUE_SIZE, ANSWER)
     for number, descriptor in enumerate(MALFORMED[nonsense]):
         driver.describe(number, descriptor)
     driver.offer(0)
@@ -441,7 +479,7 @@ def test_more_requests_than_the_queue_holds_stop_the_device(hand, driver):
 
 @pytest.mark.parametrize(
     ("size", "descriptors", "available", "used"),
-    [(0, 0, 0, 0), (3, 0, 0, 0), (256, 0, 0, 0), (1 << 20, 0, 0, 0), (16, 8, 0, 0), (16, 0, 1, 0), (16, 0, 0, 2)],
+    [(0, 0, 0, 0), (3, 0, 0, 0), (256, 0, 0, 0), (0x10010, 0, 0, 0), (16, 8, 0, 0), (16, 0, 1, 0), (16, 0, 0, 2)],
 )
 def test_a_queue_of_odd_size_or_at_an_odd_place_stops_the_device(hand, size, descriptors, available, used):
     driver = Driver(hand)

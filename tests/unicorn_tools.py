@@ -32,7 +32,7 @@ from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import MASKS
 from mini_bhyve.paging import PAGING_PAE
-from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR4_OSFXSR, CR4_PAE, EFER_LMA, EFER_LME
+from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_PAE, EFER_LMA, EFER_LME
 
 SIZE = 0x40000
 GDT, PAGE_TABLES, CODE, DATA = 0x800, 0x1000, 0x8000, 0xA000
@@ -134,6 +134,9 @@ LONG_MODE_TABLES = (
 FS_BASE, GS_BASE = 0x1234, 0x2345  # in 64-bit mode; elsewhere the descriptors say so
 
 
+Memory = tuple[tuple[int, bytes], ...]  # addresses and what is there
+
+
 class Case(NamedTuple):
     """What to run: the state before it. Its repr is a reproducer."""
 
@@ -141,9 +144,9 @@ class Case(NamedTuple):
     code: bytes
     registers: tuple[int, ...]
     flags: int
-    memory: tuple[tuple[int, bytes], ...] = ()  # what differs from the usual content
+    memory: Memory = ()  # what differs from the usual content
     instructions: int = 1
-    repeats: bool = False  # has a REP prefix
+    repeats: int = 0  # where the instruction ends if it has a REP prefix
     start: int = CODE  # linear address of the first instruction
     controls: tuple[int, int, int, int] | None = None  # CR0, CR3, CR4, EFER, where they are not the world's
 
@@ -368,6 +371,7 @@ class Theirs:
         self.ram[CODE : CODE + len(case.code) + 1] = case.code + HLT
         self.uc.context_restore(self.beginning)
         self.uc.ctl_remove_cache(CODE, CODE + 0x200)
+        self.flush_tlb()
         if case.controls:
             cr0, cr3, cr4, efer = case.controls
             for register, value in ((uc.UC_X86_REG_CR3, cr3), (uc.UC_X86_REG_CR4, cr4)):
@@ -383,7 +387,7 @@ class Theirs:
             if case.instructions == 1 and not case.repeats:
                 self.uc.emu_start(case.start, 0, count=1)
             else:  # Unicorn counts each round of a REP; the code has no jumps, so it ends at its end
-                self.uc.emu_start(case.start, case.start + len(case.code), count=MAX_ROUNDS)
+                self.uc.emu_start(case.start, case.repeats or CODE + len(case.code), count=MAX_ROUNDS)
         except unicorn.UcError as error:
             if error.errno == unicorn.UC_ERR_INSN_INVALID:
                 vector = UD
@@ -411,10 +415,16 @@ class Theirs:
             bytes(self.ram),
         )
 
+    def flush_tlb(self) -> None:
+        """The case before may have had other page tables. A change of CR0.WP is what empties Unicorn's TLB."""
+        cr0 = self.world.controls[0]
+        for value in (cr0 ^ CR0_WP, cr0):
+            self.uc.reg_write(uc.UC_X86_REG_CR0, value)
+
     def at_target(self, case: Case, ip: int) -> bool:
         """A jump has gone well, but Unicorn looks at the code there before it stops, and found none."""
-        start = 0 if self.world.real else case.start
-        elsewhere = ip not in (start, start + len(case.code))
+        base = CODE if self.world.real else 0
+        elsewhere = ip not in (case.start - base, CODE + len(case.code) - base)
         elsewhere |= self.uc.reg_read(uc.UC_X86_REG_CS) != self.world.selectors[seg.CS]
         found = case.instructions == 1 and self.vectors[0] in (GP, PF) and elsewhere
         if found:

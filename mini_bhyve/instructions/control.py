@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mini_bhyve import flags as fl
 from mini_bhyve import interrupts
+from mini_bhyve.debug import HITS
 from mini_bhyve.far_transfer import far_call, far_jump, far_return
 from mini_bhyve.faults import BP, BR, DB, OF, GuestFault, general_protection, undefined_opcode
 from mini_bhyve.instructions.definition import instruction, signed
@@ -128,7 +129,13 @@ def int3(cpu):
 
 @instruction("int1", ends_block=True, data_decides=True)
 def int1(cpu):
-    """INT1: a debug exception, made for hardware debuggers; no privilege level is asked for."""
+    """INT1: a debug exception, made for hardware debuggers; no privilege level is asked for.
+
+    It tells also of a breakpoint that a MOV SS before it has met: there is one exception for both.
+    """
+    causes, cpu.debug.pending = cpu.debug.pending & HITS, 0
+    if causes:
+        cpu.debug.exception(causes)
     interrupts.deliver(cpu, DB, None)
 
 

@@ -4,27 +4,21 @@
     SHR        0 -> [..........] -> CF                  +-----<-------------+              +----------->-----------+
     SAR        sign -> [........] -> CF           (ROR, RCR: the other way round)
 
-The count is cut to 5 bits (6 for a 64-bit operand), and a count of zero changes nothing, not even a flag. That is for
-the data to decide when the count is in CL, so these definitions look at it with `if`; a constant count is known when
-the instruction is decoded.
+The count is cut to 5 bits (6 for a 64-bit operand), and a count of zero changes nothing, not even a flag. (But the
+destination is written all the same: it has to be writable, and 32 bits of a register in 64-bit mode still lose the
+upper half.) That is for the data to decide when the count is in CL, so these definitions look at it with `if`; a
+constant count is known when the instruction is decoded.
 """
 
 from __future__ import annotations
 
 from mini_bhyve.flags import CF, EXPLICIT, OF, SHIFT, arithmetic_flags, carry
 from mini_bhyve.instructions.definition import instruction, signed
-from mini_bhyve.operands import LowDoubleword
 
 
 def _count(operand, width):
     """How far to go: the operand's low 5 or 6 bits."""
     return operand.value & (0x3F if width == 64 else 0x1F)
-
-
-def _keep(dst):
-    """The count is zero, and nothing changes; but 32 bits of a register, in 64-bit mode, still lose the upper half."""
-    if isinstance(dst, LowDoubleword):
-        dst.value = dst.value
 
 
 @instruction("shl", "sal", data_decides=True)
@@ -33,13 +27,11 @@ def shl(cpu, dst, count):
     width = dst.width
     n = _count(count, width)
     a = dst.value
-    if n == 0:
-        _keep(dst)
-        return
     result = (a << n) & dst.mask
     dst.value = result
     last_out = (a << n) >> width & 1
-    cpu.flags = (SHIFT, last_out, last_out ^ result >> (width - 1), result, width)
+    if n:
+        cpu.flags = (SHIFT, last_out, last_out ^ result >> (width - 1), result, width)
 
 
 @instruction("shr", data_decides=True)
@@ -48,12 +40,10 @@ def shr(cpu, dst, count):
     width = dst.width
     n = _count(count, width)
     a = dst.value
-    if n == 0:
-        _keep(dst)
-        return
     result = a >> n
     dst.value = result
-    cpu.flags = (SHIFT, a >> (n - 1) & 1, a >> (n - 1) >> (width - 1), result, width)
+    if n:
+        cpu.flags = (SHIFT, a >> (n - 1) & 1, a >> (n - 1) >> (width - 1), result, width)
 
 
 @instruction("sar", data_decides=True)
@@ -62,12 +52,10 @@ def sar(cpu, dst, count):
     width = dst.width
     n = _count(count, width)
     a = signed(dst.value, width)
-    if n == 0:
-        _keep(dst)
-        return
     result = a >> n & dst.mask
     dst.value = result
-    cpu.flags = (SHIFT, a >> (n - 1) & 1, 0, result, width)
+    if n:
+        cpu.flags = (SHIFT, a >> (n - 1) & 1, 0, result, width)
 
 
 # --- Rotates change CF and OF and leave the other flags alone -------------------------------------------------------
@@ -82,28 +70,22 @@ def _set_carry_overflow(cpu, carry_out, overflow):
 def rol(cpu, dst, count):
     width = dst.width
     n = _count(count, width)
-    a = dst.value
-    if n == 0:
-        _keep(dst)
-        return
-    n %= width
-    result = (a << n | a >> (width - n)) & dst.mask
+    a, distance = dst.value, n % width
+    result = (a << distance | a >> (width - distance)) & dst.mask
     dst.value = result
-    _set_carry_overflow(cpu, result, result ^ result >> (width - 1))
+    if n:
+        _set_carry_overflow(cpu, result, result ^ result >> (width - 1))
 
 
 @instruction("ror", data_decides=True)
 def ror(cpu, dst, count):
     width = dst.width
     n = _count(count, width)
-    a = dst.value
-    if n == 0:
-        _keep(dst)
-        return
-    n %= width
-    result = (a >> n | a << (width - n)) & dst.mask
+    a, distance = dst.value, n % width
+    result = (a >> distance | a << (width - distance)) & dst.mask
     dst.value = result
-    _set_carry_overflow(cpu, result >> (width - 1), result >> (width - 1) ^ result >> (width - 2))
+    if n:
+        _set_carry_overflow(cpu, result >> (width - 1), result >> (width - 1) ^ result >> (width - 2))
 
 
 @instruction("rcl", data_decides=True)
@@ -111,30 +93,24 @@ def rcl(cpu, dst, count):
     """RCL rotates width + 1 bits: the carry flag above the operand."""
     width = dst.width
     n = _count(count, width)
-    a = dst.value | carry(cpu.flags) << width
-    if n == 0:
-        _keep(dst)
-        return
-    n %= width + 1
-    whole = (a << n | a >> (width + 1 - n)) & ((1 << (width + 1)) - 1)
+    a, distance = dst.value | carry(cpu.flags) << width, n % (width + 1)
+    whole = (a << distance | a >> (width + 1 - distance)) & ((1 << (width + 1)) - 1)
     result = whole & dst.mask
     dst.value = result
-    _set_carry_overflow(cpu, whole >> width, whole >> width ^ result >> (width - 1))
+    if n:
+        _set_carry_overflow(cpu, whole >> width, whole >> width ^ result >> (width - 1))
 
 
 @instruction("rcr", data_decides=True)
 def rcr(cpu, dst, count):
     width = dst.width
     n = _count(count, width)
-    a = dst.value | carry(cpu.flags) << width
-    if n == 0:
-        _keep(dst)
-        return
-    n %= width + 1
-    whole = (a >> n | a << (width + 1 - n)) & ((1 << (width + 1)) - 1)
+    a, distance = dst.value | carry(cpu.flags) << width, n % (width + 1)
+    whole = (a >> distance | a << (width + 1 - distance)) & ((1 << (width + 1)) - 1)
     result = whole & dst.mask
     dst.value = result
-    _set_carry_overflow(cpu, whole >> width, result >> (width - 1) ^ result >> (width - 2))
+    if n:
+        _set_carry_overflow(cpu, whole >> width, result >> (width - 1) ^ result >> (width - 2))
 
 
 # --- Double shifts: bits come in from a second register -------------------------------------------------------------
@@ -146,14 +122,12 @@ def shld(cpu, dst, src, count):
     width = dst.width
     n = _count(count, width)
     a, b = dst.value, src.value
-    if n == 0:
-        _keep(dst)
-        return
     # For a 16-bit operand and a count above 16 processors go on with the destination's own bits.
     whole = (a << 2 * width | b << width | a) << n
     result = whole >> 2 * width & dst.mask
     dst.value = result
-    cpu.flags = (SHIFT, whole >> 3 * width & 1, (a ^ result) >> (width - 1), result, width)
+    if n:
+        cpu.flags = (SHIFT, whole >> 3 * width & 1, (a ^ result) >> (width - 1), result, width)
 
 
 @instruction("shrd", data_decides=True)
@@ -162,10 +136,8 @@ def shrd(cpu, dst, src, count):
     width = dst.width
     n = _count(count, width)
     a, b = dst.value, src.value
-    if n == 0:
-        _keep(dst)
-        return
     whole = a << 2 * width | b << width | a
     result = whole >> n & dst.mask
     dst.value = result
-    cpu.flags = (SHIFT, whole >> (n - 1) & 1, (a ^ result) >> (width - 1), result, width)
+    if n:
+        cpu.flags = (SHIFT, whole >> (n - 1) & 1, (a ^ result) >> (width - 1), result, width)

@@ -194,8 +194,7 @@ def arpl(cpu, dst, src):
     _protected_only(cpu)
     selector, caller = dst.value, src.value & 3
     raised = selector & 3 < caller
-    if raised:
-        dst.value = selector & ~3 | caller
+    dst.value = selector & ~3 | caller if raised else selector  # it has to be writable in any case
     _set_zero(cpu, raised)
 
 
