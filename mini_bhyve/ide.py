@@ -118,7 +118,7 @@ class Drive:
         self.reset()
 
     def reset(self) -> None:
-        """At power-on and after SRST all settings are those of power-on."""
+        """Power-on, or the end of SRST: all settings have their defaults."""
         self.heads, self.sectors_per_track = self.default_heads, self.default_sectors_per_track
         self.multiple = MAX_MULTIPLE  # sectors in a block of READ and WRITE MULTIPLE, 0 for "not agreed upon"
         self.write_cache = True
@@ -422,6 +422,8 @@ class Drive:
         length = len(self.buffer)
         if length % SECTOR_SIZE or length > MAX_MULTIPLE * SECTOR_SIZE or self.position > length:
             raise ValueError("the block being transferred has no such place")
+        if self.command in WRITES and length > self.remaining * SECTOR_SIZE:
+            raise ValueError("more is being written than was asked for")
 
 
 def pushed(register: int, value: int) -> int:

@@ -210,3 +210,13 @@ def test_a_state_that_cannot_be_is_refused(name, field, value):
     assert field in fields
     with pytest.raises(SnapshotError, match=name):
         restore_state(device, {**fields, field: value})
+
+
+def test_a_drive_does_not_write_more_than_was_asked_for():
+    disk = next(device for device in one_of_each() if device.name == "ide")
+    for port, value in ((0x1F2, 2), (0x1F6, 0xE0), (0x1F7, 0xC5)):  # WRITE MULTIPLE, two sectors
+        disk.outb(port, value)
+    fields = save_state(disk)
+    assert (len(fields["drive0.buffer"]), fields["drive0.remaining"]) == (1024, 2)
+    with pytest.raises(SnapshotError, match="more is being written"):
+        restore_state(disk, {**fields, "drive0.remaining": 1})
