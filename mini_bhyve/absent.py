@@ -37,7 +37,7 @@ X87, MMX, SSE = Unit("x87", check_x87), Unit("MMX", check_mmx), Unit("SSE", chec
 AMD_3DNOW, AVX, AVX512 = Unit("3DNow!", check_mmx), Unit("AVX", check_nothing), Unit("AVX-512", check_nothing)
 XOP, OTHER = Unit("XOP", check_nothing), Unit("", check_nothing)
 
-_X87_OPCODES = range(0xD8, 0xE0)
+ESCAPES = range(0xD8, 0xE0)  # what begins with one of these is for the x87
 _EVEX, _XOP, _VEX = 0x62, 0x8F, (0xC4, 0xC5)  # the first is also BOUND, then POP, then LES and LDS: none is absent
 _MMX_REGISTERS = range(x86.X86_REG_MM0, x86.X86_REG_MM7 + 1)
 _XMM_REGISTERS = range(x86.X86_REG_XMM0, x86.X86_REG_XMM15 + 1)
@@ -52,7 +52,7 @@ def unit_of(insn: CsInsn, operand_size: bool) -> Unit:
     code.
     """
     first, second, *_ = insn.opcode
-    if first in _X87_OPCODES:
+    if first in ESCAPES:
         return X87
     if first == _EVEX:
         return AVX512

@@ -15,7 +15,7 @@ import capstone
 from capstone import x86_const as x86
 
 from mini_bhyve import operands as op
-from mini_bhyve.absent import absent, unit_of
+from mini_bhyve.absent import ESCAPES, X87, absent, unit_of
 from mini_bhyve.faults import GuestFault, general_protection, undefined_opcode
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.instructions.definition import NP, Definition, Encoding
@@ -208,9 +208,8 @@ class Decoder:
                 ips.pop()  # it may go on in the next page: let it be the first of a block of its own
                 break
             else:
-                too_long = self.is_too_long(code[offset : offset + 2 * MAX_INSTRUCTION], prefixes, mode)
-                offset += 1
-                step, ends_block = (_too_long if too_long else _undefined, (), _wrap(ip + offset, mode)), True
+                step = self.unknown(code[offset : offset + 2 * MAX_INSTRUCTION], ip + offset, prefixes, mode)
+                offset, ends_block = offset + 1, True
             steps.append(step)
         return (steps, tuple(ips), offset) if steps else None
 
@@ -233,6 +232,17 @@ class Decoder:
                 # A prefix less at the beginning, and the instruction still ends where it ended.
                 insn = next(machine.disasm(known, ip + len(window) - len(known), 1), insn)
         return insn
+
+    def unknown(self, code: bytes, ip: int, prefixes: Prefixes, mode: Mode) -> Step:
+        """The step for bytes that capstone takes for no instruction."""
+        next_ip = _wrap(ip + 1, mode)
+        if self.is_too_long(code, prefixes, mode):
+            return _too_long, (), next_ip
+        escape = code[prefixes.length : prefixes.length + 2]
+        if escape[0] in ESCAPES and not prefixes.lock:
+            # CR0.EM and TS come first whether or not there is such an instruction (SDM vol. 3A, 2.5).
+            return absent, (self.cpu, X87, "esc", f"esc ({escape.hex(' ')})"), next_ip
+        return _undefined, (), next_ip
 
     def is_too_long(self, code: bytes, prefixes: Prefixes, mode: Mode) -> bool:
         """Whether `code`, of which 15 bytes make no instruction, is one, but for prefixes that are there twice."""

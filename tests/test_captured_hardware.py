@@ -121,10 +121,17 @@ def test_what_is_optional_may_be_missing(tmp_path, capsys):
     assert capsys.readouterr().out == "passed 1 of 1, skipped 0\n"
 
 
-def test_a_difference_between_processors_is_skipped(tmp_path, capsys):
-    lock_nop = test_of("f090", {"ax": 0}, {})
-    assert main(file_of(tmp_path, [lock_nop])) == 0
+@pytest.mark.parametrize("code", ["f090", "f001c8", "f03907", "f0fe17"], ids=["nop", "no memory", "cmp", "no inc"])
+def test_a_difference_between_processors_is_skipped(tmp_path, capsys, code):
+    assert main(file_of(tmp_path, [test_of(code, {"ax": 0}, {})])) == 0
     assert capsys.readouterr().out == "passed 0 of 1, skipped 1\n"
+
+
+@pytest.mark.parametrize("ax, failed", [(7, 0), (8, 1)])
+def test_where_processors_agree_nothing_is_skipped(tmp_path, capsys, ax, failed):
+    lock_xchg = test_of("f08707", {"ax": 2, "bx": 0x300}, {"ax": ax}, ram=[[0x300, 7]], final_ram=[[0x300, 2]])
+    assert main(file_of(tmp_path, [lock_xchg])) == failed
+    assert capsys.readouterr().out.endswith(f"passed {1 - failed} of 1, skipped 0\n")
 
 
 GOOD = gzip.compress(json.dumps(test_of("90", {"ax": 0}, {})).encode() + b"\n")
