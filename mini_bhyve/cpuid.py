@@ -73,8 +73,8 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
         31: Feature("HYPERVISOR", "a hypervisor is present"),
     },
     (0x1, 0, EDX): {
-        # Nothing computes with the x87. But Linux stops without this bit, even if its programs do not compute
-        # with it either, and what it needs itself is there (instructions/x87_control.py).
+        # Nothing computes with the x87. But Linux of 64 bits stops without this bit, even if its programs do not
+        # compute with it either, and what it needs itself is there (instructions/x87_control.py).
         0: Feature("FPU", "x87", claimed=True),
         2: Feature("DE", "breakpoints on ports", cr4=CR4_DE),
         3: Feature("PSE", "4-MByte pages", cr4=CR4_PSE),

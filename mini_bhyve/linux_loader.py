@@ -122,8 +122,9 @@ def load_linux(memory: GuestMemory, path: str, data: bytes, append: str, initrd:
     memory.load(ZERO_PAGE, bytes(zero_page))
     # All other registers are 0, as EBP, EDI and EBX must be.
     start = flat_start(memory, bits, entry, {"rsi" if bits == 64 else "esi": ZERO_PAGE}, BOOT_CS)
-    # Linux halts where there is no x87, unless it has been built to emulate one, as only some of 32 bits have.
-    return dataclasses.replace(start, claim_x87=True)
+    # Of 64 bits it halts where there is no x87, though it needs only what is there. Of 32 bits it can be built to
+    # emulate one, and does so where there is none; else it would divide with it, to see whether it does that right.
+    return dataclasses.replace(start, claim_x87=bits == 64)
 
 
 def _is_bzimage(data: bytes) -> bool:

@@ -135,8 +135,8 @@ def zero_page(memory, start):
 
 
 @pytest.mark.parametrize("bits", [32, 64])
-def test_linux_finds_an_x87_on_its_processor_and_other_kernels_do_not(memory, file, bits):
-    assert load_kernel(memory, file(make_vmlinux(bits))).claim_x87
+def test_linux_of_64_bits_finds_an_x87_on_its_processor_and_other_kernels_do_not(memory, file, bits):
+    assert load_kernel(memory, file(make_vmlinux(bits))).claim_x87 == (bits == 64)
     assert not load_kernel(memory, file(make_elf([(MIB, MIB, b"\xf4", 1)], MIB, bits))).claim_x87
 
 
