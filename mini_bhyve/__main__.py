@@ -190,7 +190,8 @@ def signals_end(machine: Machine, console: Console) -> Iterator[None]:
     """While this lasts, a thread of its own waits for signals and powers the machine off.
 
     The signals are blocked everywhere else. A handler would run in the middle of whatever the vCPU's thread is doing,
-    and could not take a lock which that thread may hold at the time.
+    and could not take a lock which that thread may hold at the time. SIGHUP stays blocked afterwards: a terminal that
+    is closed says so twice, first by the end of its input, and the second shall not take the exit code with it.
     """
     # One that we were started to ignore (nohup, or `&` in a script) stays ignored, except under PyPy, whose getsignal()
     # does not know about it. SIGTERM also ends the thread.
@@ -223,7 +224,7 @@ def signals_end(machine: Machine, console: Console) -> Iterator[None]:
         assert thread.ident is not None
         signal.pthread_kill(thread.ident, signal.SIGTERM)
         thread.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask | {signal.SIGHUP})
 
 
 # --- The machine ------------------------------------------------------------------------------------------------------

@@ -505,6 +505,17 @@ def test_a_terminal_that_is_closed_ends_the_vm_in_order(on_terminal, run_dir):
     assert not os.path.exists(os.path.join(run_dir, "closed"))
 
 
+def test_a_hangup_behind_the_end_of_a_vm_does_not_take_its_exit_code(run_dir):
+    # A terminal that is closed ends the input first, which ends the VM; SIGHUP may come when that is done.
+    late = (
+        "import os, signal, sys; from mini_bhyve import __main__ as bhyve\n"
+        "code = bhyve.main(); os.kill(os.getpid(), signal.SIGHUP); sys.exit(code)"
+    )
+    arguments = [sys.executable, "-c", late, "-o", f"rundir={run_dir}", "-o", "guest=shell"]
+    ended = subprocess.run(arguments, input=b"halt\n", capture_output=True, cwd=ROOT, timeout=60, check=False)
+    assert ended.returncode == HALT
+
+
 def test_a_stopped_vm_gives_the_terminal_back_and_takes_it_again(on_terminal):
     vm = on_terminal().runs()
     vm.process.send_signal(signal.SIGTSTP)
