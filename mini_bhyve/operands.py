@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 ZERO = 16
 
-MASKS = {8: 0xFF, 16: 0xFFFF, 32: 0xFFFFFFFF, 48: (1 << 48) - 1, 64: (1 << 64) - 1, 80: (1 << 80) - 1}
+MASKS = {width: (1 << width) - 1 for width in (8, 16, 32, 48, 64, 80, 128)}
 
 
 class Operand:

@@ -106,10 +106,11 @@ class Error(NamedTuple):
 
 
 def near_limit(case: Case, insn: capstone.CsInsn) -> bool:
-    """A string, in a segment of 64 KiB, begins near its end or its beginning, or beyond it."""
-    reach = ROOM if repeats(insn) else 8
-    offsets = (case.registers[index] & (1 << insn.addr_size * 8) - 1 for index in (RSI, RDI))
-    return WORLDS[case.world].bits == 16 and any(not reach <= offset < 0x10000 - reach for offset in offsets)
+    """A string begins near the end or the beginning of its segment, or beyond it: of 64 KiB, or of 4 GiB."""
+    bits, reach = WORLDS[case.world].bits, ROOM if repeats(insn) else 8
+    offsets = [case.registers[index] & (1 << insn.addr_size * 8) - 1 for index in (RSI, RDI)]
+    size = 0x10000 if bits == 16 else 1 << 32
+    return bits != 64 and any(not reach <= offset < size - reach for offset in offsets)
 
 
 def wraps_around(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcome) -> bool:
@@ -335,16 +336,23 @@ def differences(case: Case, insn: capstone.CsInsn, ours: Outcome, theirs: Outcom
     if (ours.flags ^ theirs.flags) & compared:
         found.append(f"flags: {ours.flags & compared:#x}, not {theirs.flags & compared:#x}")
     places = different_places(ours.memory, theirs.memory)
-    if case.controls and (ours.vector == PF or led_elsewhere(case, insn, ours)):
+    moved_on = led_elsewhere(case, insn, ours) or ours.controls != controls_before(case)
+    if case.controls and (ours.vector == PF or moved_on):
         # When a walk ends in a fault, Unicorn has set the accessed bit of the entries above the one at fault. The
         # manual says only that it is set where an entry is used for a translation (4.8), and there was none. Which
-        # operand comes first it does not say. And where a jump leads to, Unicorn has looked at the code already.
+        # operand comes first it does not say. And where a jump leads to, or behind a change of the control registers,
+        # Unicorn has looked at the code already.
         places = [p for p in places if p not in PAGE_TABLE_BYTES or ours.memory[p] ^ theirs.memory[p] != ACCESSED]
     if places:
         found.append(
             "memory: " + ", ".join(f"{ours.memory[p]:02x} at {p:x}, not {theirs.memory[p]:02x}" for p in places[:8])
         )
     return found
+
+
+def controls_before(case: Case) -> tuple[int, ...]:
+    """The control registers as an Outcome has them."""
+    return (case.controls[0], 0, *case.controls[1:3]) if case.controls else WORLDS[case.world].controls
 
 
 def led_elsewhere(case: Case, insn: capstone.CsInsn, outcome: Outcome) -> bool:
@@ -452,14 +460,12 @@ CHANGES_MORE = (
 
 def ends_block(case: Case, insn: capstone.CsInsn, outcome: Outcome) -> bool:
     """Whether what comes then cannot be told by a Case: the instruction led elsewhere, or changed more than it has."""
-    world = WORLDS[case.world]
-    controls = (case.controls[0], 0, *case.controls[1:3]) if case.controls else world.controls
     return (
         outcome.vector is not None
         or outcome.flags & fl.TF != 0
         or led_elsewhere(case, insn, outcome)
-        or outcome.selectors != world.selectors
-        or outcome.controls != controls
+        or outcome.selectors != WORLDS[case.world].selectors
+        or outcome.controls != controls_before(case)
         or insn.insn_name() in CHANGES_MORE
     )
 

@@ -17,7 +17,7 @@ from mini_bhyve.faults import GP, PF, GuestFault
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.machine import ExitCode, Machine
 from mini_bhyve.memory import GuestMemory
-from mini_bhyve.operands import RAX, RCX, RDI, RSP
+from mini_bhyve.operands import RAX, RCX, RDI, RDX, RSP
 
 CODE = 0x1000
 
@@ -188,6 +188,15 @@ def test_a_destination_has_to_be_writable_even_if_it_does_not_change(code):
     run_to_halt(cpu)
     assert int.from_bytes(cpu.memory.read(TABLE, 4), "little") & 0x40  # the page is dirty
     assert cpu.memory.read(0x200000, 4) == bytes(4)
+
+
+def test_the_eight_bytes_of_cmpxchg8b_are_one_value_and_go_on_behind_offset_ffffh():
+    cpu = paged_cpu("bf ffff0000  67 0fc70d  f4", table_entry=0)  # mov edi, FFFFh; cmpxchg8b [di]; hlt
+    cpu.segments[seg.DS] = seg.Segment(0x10, 0x8000, 0xFFFFFFFF, cpu.segments[seg.DS].access)
+    cpu.update_mode()
+    cpu.memory.load(0x17FFF, bytes(range(1, 9)))
+    run_to_halt(cpu)
+    assert (cpu.regs[RAX].value, cpu.regs[RDX].value) == (0x04030201, 0x08070605)
 
 
 def test_invlpg_forgets_all_of_a_large_page():

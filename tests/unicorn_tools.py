@@ -422,10 +422,11 @@ class Theirs:
             self.uc.reg_write(uc.UC_X86_REG_CR0, value)
 
     def at_target(self, case: Case, ip: int) -> bool:
-        """A jump has gone well, but Unicorn looks at the code there before it stops, and found none."""
+        """A jump or a change of paging has gone well, but Unicorn looks at the code there before it stops: none."""
         base = CODE if self.world.real else 0
         elsewhere = ip not in (case.start - base, CODE + len(case.code) - base)
         elsewhere |= self.uc.reg_read(uc.UC_X86_REG_CS) != self.world.selectors[seg.CS]
+        elsewhere |= self.vectors[0] == PF and self.uc.reg_read(uc.UC_X86_REG_CR2) == ip != case.start
         found = case.instructions == 1 and self.vectors[0] in (GP, PF) and elsewhere
         if found:
             self.uc.reg_write(uc.UC_X86_REG_CR2, 0)

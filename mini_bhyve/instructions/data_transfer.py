@@ -102,16 +102,12 @@ def _define_cmpxchg_pair(name, width):
         mask = (1 << width) - 1
         if width == 64 and (cpu.segment_base(dst.segment) + dst.address()) & 0xF:
             raise general_protection()  # 16 bytes must be aligned
-        low, high = dst.at(0, width), dst.at(width // 8, width)
-        regs = cpu.regs
-        old_low, old_high = low.value, high.value
-        equal = (old_low, old_high) == (regs[RAX].value & mask, regs[RDX].value & mask)
-        # Memory is written either way, and both halves or none: they may lie on two pages.
-        cpu.check_store(dst.segment, dst.address(), 2 * width)
-        low.value = regs[RBX].value & mask if equal else old_low
-        high.value = regs[RCX].value & mask if equal else old_high
+        regs, old = cpu.regs, dst.value
+        equal = old == (regs[RDX].value & mask) << width | regs[RAX].value & mask
+        new = (regs[RCX].value & mask) << width | regs[RBX].value & mask
+        dst.value = new if equal else old  # memory is written either way
         if not equal:
-            regs[RAX].value, regs[RDX].value = old_low, old_high
+            regs[RAX].value, regs[RDX].value = old & mask, old >> width
         flags = arithmetic_flags(cpu.flags) & ~ZF | (ZF if equal else 0)
         cpu.flags = (EXPLICIT, flags, 0, 0, 32)
 
