@@ -6,9 +6,11 @@ same whether or not it was disturbed: what stands on the console, when it ended,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,26 +161,50 @@ class Run:
         return sorted(chosen)
 
 
-def run_undisturbed(guest: Guest, directory: Path, commands: Iterable[bytes]) -> Run:
-    machine = guest.boot(directory, commands)
+@functools.cache
+def undisturbed(guest: Guest, *commands: bytes) -> Run:
+    """A guest's run from the first instruction to the end."""
     busy = []
-    while machine.exit_code is None:
-        machine.run_once()
-        if any(disk.deadline is not None for disk in machine.disk_controllers()):
-            busy.append(machine.cpu.retired)
-    return Run(guest.end(machine, directory), busy)
+    with tempfile.TemporaryDirectory() as directory:
+        machine = guest.boot(Path(directory), commands)
+        while machine.exit_code is None:
+            machine.run_once()
+            if any(disk.deadline is not None for disk in machine.disk_controllers()):
+                busy.append(machine.cpu.retired)
+        return Run(guest.end(machine, Path(directory)), busy)
 
 
-def assert_checkpoints_end_alike(
-    guest: Guest, run: Run, directory: Path, commands: Iterable[bytes], count: int
-) -> None:
-    """A machine of which so many checkpoints are made ends as it does undisturbed; and so does each, in its own copy."""
+def answers(guest: Guest, run: Run) -> list[str]:
+    """What was said before the first prompt, and then to each command, after its echo."""
+    first, *others = run.end["console"].split(guest.prompt.decode().replace("\r\n", "\n"))
+    return [first, *(text.partition("\n")[2] for text in others)]
+
+
+# --- Disturbed in every way -------------------------------------------------------------------------------------------
+
+
+def assert_suspensions_change_nothing(guest: Guest, directory: Path, commands: Sequence[bytes], at: list[int]) -> None:
+    """Suspended and restored at these instants, one after the other, a guest ends as it does undisturbed."""
+    machine = guest.suspended_and_restored(guest.boot(directory, commands), directory, at)
+    assert guest.end(machine, directory) == undisturbed(guest, *commands).end
+
+
+def assert_checkpoints_end_alike(guest: Guest, directory: Path, commands: Sequence[bytes], at: list[int]) -> None:
+    """A guest of which checkpoints are made ends as it does undisturbed, and so does each of them in its own copy."""
+    expected = undisturbed(guest, *commands).end
     machine = guest.boot(directory, commands)
     checkpoints = []
-    for instant in run.instants(count, seed="checkpoints"):
+    for instant in at:
         run_to(machine, instant)
-        checkpoints.append((directory / str(instant), guest.checkpoint(machine, directory, directory / str(instant))))
-    assert guest.end(machine, directory) == run.end
+        copy = directory / str(instant)
+        checkpoints.append((copy, guest.checkpoint(machine, directory, copy)))
+    assert guest.end(machine, directory) == expected
     for copy, user in checkpoints:
-        assert guest.end(guest.restore(copy / "checkpoint", copy, user), copy) == run.end
+        assert guest.end(guest.restore(copy / "checkpoint", copy, user), copy) == expected
         shutil.rmtree(copy)
+
+
+def assert_tick_length(run: Run, nanoseconds: int) -> None:
+    """Between a guest's first prompt and its last there are as many ticks as that time has room for."""
+    first, last = run.end["prompts"][0], run.end["prompts"][-1]
+    assert abs((last.time - first.time) / nanoseconds - (last.ticks - first.ticks)) <= 1
