@@ -8,7 +8,7 @@ VENV   := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 IN_VENV = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz coverage docs bench guests linux-guest lint clean
+.PHONY: help demo test soak fuzz coverage docs bench guests linux-guest lint clean
 .NOTPARALLEL:  # two pip must not write into one environment
 .DELETE_ON_ERROR:
 
@@ -21,6 +21,9 @@ demo: $(VENV)/.installed  ## boot a VM, suspend it, restore it, see it go on
 
 test: $(VENV)/.installed-test  ## run the tests
 	$(IN_VENV) -m pytest -n auto
+
+soak: $(VENV)/.installed-test  ## run xv6 and Linux for an hour or two, suspended and restored all the time
+	$(IN_VENV) -m pytest -n auto -m soak --durations 0
 
 fuzz: $(VENV)/.installed-test  ## compare random instructions with Unicorn for so many minutes: make fuzz MINUTES=10
 	$(IN_VENV) -m tests.fuzz --minutes '$(MINUTES)'

@@ -14,7 +14,9 @@ the places of section 4, the last of them the BIOS's, and finds the configuratio
            +---------------------------------+
 
 Interrupts are laid out as in bhyve, but for PCI's, of which there are none: pin n has ISA interrupt n, except that the
-timer, ISA interrupt 0, is on pin 2, and that the 8259A is on pin 0. It is on LINT0 of the processor, too.
+timer, ISA interrupt 0, is on pin 2. The 8259A is on LINT0 of the processor. It is on pin 0 as well, but the table keeps
+that to itself, as QEMU's does: pin 0 is masked until a kernel opens it, and Linux warns of a table that tells of an
+8259A on a pin which nobody has opened.
 """
 
 from __future__ import annotations
@@ -97,7 +99,6 @@ def _interrupt_entries() -> list[bytes]:
 
     pins = {ioapic_pin(irq): irq for irq in range(ISA_IRQS) if irq != 2}  # IRQ2 is the slave's way to the master
     return [
-        entry(IO_INTERRUPT, EXT_INT, 0, IO_APIC_ID, PIC_PIN),
         *(entry(IO_INTERRUPT, INT, irq, IO_APIC_ID, pin) for pin, irq in sorted(pins.items())),
         entry(LOCAL_INTERRUPT, EXT_INT, 0, ALL_LOCAL_APICS, 0),
         entry(LOCAL_INTERRUPT, NMI, 0, ALL_LOCAL_APICS, 1),

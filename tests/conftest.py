@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.register_assert_rewrite("vm_tools")
+pytest.register_assert_rewrite("vm_tools", "os_tools")
 
 
 @pytest.fixture

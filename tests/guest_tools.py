@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Sequence
@@ -126,11 +127,11 @@ def linux_guest() -> Path:
 class LinuxOnQemu(QemuProcess):
     """The Linux guest at its prompt, on a PC like ours: no PCI, no ACPI, an MP table; what is on it is in `options`."""
 
-    def __init__(self, memory: int, options: Sequence[str] = ()):
+    def __init__(self, memory: int, options: Sequence[str] = (), command_line: str = "console=ttyS0 quiet"):
         directory = linux_guest()
         files = ["-kernel", str(directory / "bzImage"), "-initrd", str(directory / "initrd.cpio")]
         machine = ["-M", "microvm,acpi=off", "-device", "i8042", "-cpu", "qemu64", "-m", str(memory)]
-        machine += ["-append", "console=ttyS0 quiet"]
+        machine += ["-append", command_line]
         super().__init__("qemu-system-x86_64", [*machine, *files, *options])
 
     def __enter__(self):
@@ -143,3 +144,27 @@ class LinuxOnQemu(QemuProcess):
         answer = self.read_until("\n# ", timeout=60)
         assert answer.startswith(command + "\r\n")
         return answer[len(command) + 2 : -2]
+
+
+def random_bytes(size: int, seed: int) -> bytes:
+    """What the guest's `write` writes: xorshift64, eight bytes at a time."""
+    value, mask, words = seed + 0xCBF29CE484222325, (1 << 64) - 1, []
+    for _ in range(-(-size // 8)):
+        value ^= value << 13 & mask
+        value ^= value >> 7
+        value ^= value << 17 & mask
+        words.append(value)
+    return struct.pack(f"<{len(words)}Q", *words)[:size]
+
+
+def checksum(data: bytes) -> str:
+    """What the guest's `sum` tells: FNV-1a, of eight bytes at a time."""
+    value = 0xCBF29CE484222325
+    data += bytes(-len(data) % 8)
+    for (word,) in struct.iter_unpack("<Q", data):
+        value = (value ^ word) * 0x100000001B3 & (1 << 64) - 1
+    return f"{value:016x}"
+
+
+def summed(data: bytes) -> str:
+    return f"{len(data)} bytes, sum {checksum(data)}\r\n"

@@ -8,37 +8,12 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import struct
 import subprocess
 
 import pytest
-from guest_tools import REPOSITORY, LinuxOnQemu
+from guest_tools import REPOSITORY, LinuxOnQemu, random_bytes, summed
 
 MEGABYTE = 1 << 20
-
-
-def random_bytes(size: int, seed: int) -> bytes:
-    """What the guest's `write` writes: xorshift64, eight bytes at a time."""
-    value, mask, words = seed + 0xCBF29CE484222325, (1 << 64) - 1, []
-    for _ in range(-(-size // 8)):
-        value ^= value << 13 & mask
-        value ^= value >> 7
-        value ^= value << 17 & mask
-        words.append(value)
-    return struct.pack(f"<{len(words)}Q", *words)[:size]
-
-
-def checksum(data: bytes) -> str:
-    """What the guest's `sum` tells: FNV-1a, of eight bytes at a time."""
-    value = 0xCBF29CE484222325
-    data += bytes(-len(data) % 8)
-    for (word,) in struct.iter_unpack("<Q", data):
-        value = (value ^ word) * 0x100000001B3 & (1 << 64) - 1
-    return f"{value:016x}"
-
-
-def summed(data: bytes) -> str:
-    return f"{len(data)} bytes, sum {checksum(data)}\r\n"
 
 
 # ---- The commands ----

@@ -1,62 +1,109 @@
 """xv6, MIT's teaching system, unmodified: a kernel that was not written for this machine boots from one disk and keeps
-its files on the other.
+its files on the other, and notices nothing of being suspended and restored.
 
 Where it is looked for, and how it is built, says the sentence with which these tests are skipped.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import functools
+import io
+import os
+import re
 from pathlib import Path
 
 import pytest
-from vm_tools import Typist, configured
+from os_tools import (
+    Guest,
+    address_of,
+    answers,
+    assert_checkpoints_end_alike,
+    assert_suspensions_change_nothing,
+    assert_tick_length,
+    undisturbed,
+)
 
-from mini_bhyve.machine import Machine
-from mini_bhyve.snapshot import load_snapshot, vm_checkpoint
-
-XV6 = Path.home() / ".cache" / "mini-bhyve" / "xv6"
+XV6 = Path(os.environ.get("XV6_DIR") or Path.home() / ".cache" / "mini-bhyve" / "xv6")
 IMAGES = ("xv6.img", "fs.img")
 pytestmark = pytest.mark.skipif(
     not all((XV6 / name).exists() for name in IMAGES),
-    reason=f"there is no xv6: put github.com/mit-pdos/xv6-public into {XV6} and say there "
-    "make CC='gcc -Wno-error=array-bounds -Wno-error=infinite-recursion' xv6.img fs.img",
+    reason=f"there is no xv6: put github.com/mit-pdos/xv6-public into {XV6} (XV6_DIR says where else) and say "
+    "there make CC='gcc -Wno-error=array-bounds -Wno-error=infinite-recursion' xv6.img fs.img",
 )
 
-ENOUGH = 60_000_000  # instructions; it needs half of them
-WRITE_SECTORS = 0x30
+KERNEL_BASE = 0x80000000  # where the kernel sees physical memory
+TICK_NS = 10_000_000  # its timer: 10 million cycles of a bus that has 1 GHz, on QEMU and here
+SECTOR = 512
 
 
-def machine(directory: Path, typed: bytes, ram=None) -> Machine:
-    config = configured(memory_size="256M")  # xv6 takes for granted that there are 224 MB
-    for slot, name in enumerate(IMAGES, start=1):
-        config.set(f"pci.0.{slot}.0.device", "ide")
-        config.set(f"pci.0.{slot}.0.path", str(directory / name))
-    return Machine(config, Typist(typed), ram)
+@functools.cache
+def xv6() -> Guest:
+    """xv6 with the memory that it takes for granted, 224 MB. Its kernel is on the first disk, behind the boot sector."""
+    return Guest(
+        prompt=b"$ ",
+        ticks=address_of("ticks", io.BytesIO((XV6 / "xv6.img").read_bytes()[SECTOR:])) - KERNEL_BASE,
+        variables=(("memory_size", "240M"),),
+        disk_device="ide",
+        disks=tuple((slot, XV6 / name) for slot, name in enumerate(IMAGES, start=1)),
+    )
 
 
-def run_until(vm: Machine, happened: Callable[[], bool]) -> None:
-    while not happened():
-        assert vm.exit_code is None and vm.cpu.retired < ENOUGH, bytes(vm.console.output)
-        vm.run_once()
+def test_xv6_keeps_a_file_and_the_time_and_notices_no_suspension_of_its_boot_or_writing_and_no_checkpoint(tmp_path):
+    guest, commands = xv6(), [b"echo to be kept > f\n"]
+    run = undisturbed(guest, *commands)
+    assert answers(guest, run)[1:] == ["", ""]
+    booting, writing = run.busy_between(-1, 0), run.busy_between(0, 1)
+    machine = guest.boot(tmp_path, commands)
+    at = [booting[len(booting) // 2], booting[-1], writing[0], writing[len(writing) // 2]]
+    machine = guest.suspended_and_restored(machine, tmp_path, at)
+    user = guest.checkpoint(machine, tmp_path, tmp_path / "copy")
+    assert b"to be kept" not in (tmp_path / "copy" / "fs.img").read_bytes()
 
-
-def test_xv6_writes_a_file_is_suspended_while_the_disk_is_at_it_and_reads_the_file_when_it_is_restored(tmp_path):
-    for name in IMAGES:
-        shutil.copy(XV6 / name, tmp_path)
-    vm = machine(tmp_path, typed=b"")
-    vm.load()
-    run_until(vm, lambda: b"init: starting sh\n$ " in vm.console.output)
-    vm.console.input += b"echo to be kept > f; cat f\n"
-    assert vm.ide is not None
-    drive = vm.ide.drives[1]
-    run_until(vm, lambda: drive.command == WRITE_SECTORS and drive.due is not None)
-    assert b"to be kept" not in (tmp_path / "fs.img").read_bytes()
-
-    vm_checkpoint(vm, str(tmp_path / "xv6.ckp"), stop_vm=True)
-    snapshot = load_snapshot(str(tmp_path / "xv6.ckp"))
-    restored = machine(tmp_path, bytes(vm.console.input), snapshot.ram)
-    snapshot.restore(restored)
-    run_until(restored, lambda: restored.console.output.endswith(b"to be kept\n$ "))
+    assert guest.end(machine, tmp_path) == run.end
     assert b"to be kept\n" in (tmp_path / "fs.img").read_bytes()
+    copy = guest.restore(tmp_path / "copy" / "checkpoint", tmp_path / "copy", user)
+    assert guest.end(copy, tmp_path / "copy") == run.end
+    assert_tick_length(run, TICK_NS)
+
+
+# --- make soak --------------------------------------------------------------------------------------------------------
+
+COMMANDS = (b"ls\n", b"cat README | wc\n", b"stressfs\n", b"cat stressfs0 | wc\n")
+
+# The five processes of stressfs write to the console all at once, a letter at a time.
+STRESSED = "stressfs starting\n" + "".join(f"write {i}\n" for i in range(5)) + 5 * "read\n"
+
+
+@pytest.mark.soak
+def test_the_programs_of_xv6_say_what_they_should():
+    run = undisturbed(xv6(), *COMMANDS)
+    banner, listed, counted, stressed, written, rest = answers(xv6(), run)
+    assert banner.endswith("init: starting sh\n") and rest == ""
+    sizes = {name: int(size) for name, size in re.findall(r"^(\w+) +\d+ +\d+ (\d+)$", listed, re.M)}
+    assert {"README", "cat", "console", "ls", "sh", "usertests", "wc"} <= set(sizes)
+    assert int(counted.split()[2]) == sizes["README"]
+    assert sorted(stressed) == sorted(STRESSED)
+    assert written.split() == ["0", "1", "10240"]  # 20 times 512 letters, and no line
+    assert_tick_length(run, TICK_NS)
+
+
+@pytest.mark.soak
+def test_xv6_forks_until_it_cannot_and_goes_on():
+    assert answers(xv6(), undisturbed(xv6(), b"forktest\n"))[1] == "fork test\nfork test OK\n"
+
+
+@pytest.mark.soak
+def test_xv6_suspended_and_restored_at_20_random_instants_ends_as_it_does_undisturbed(tmp_path):
+    at = undisturbed(xv6(), *COMMANDS).instants(20, seed="suspended")
+    assert_suspensions_change_nothing(xv6(), tmp_path, COMMANDS, at)
+
+
+@pytest.mark.soak
+def test_each_of_5_checkpoints_of_a_running_xv6_ends_in_its_own_copy_as_it_does_undisturbed(tmp_path):
+    at = undisturbed(xv6(), *COMMANDS).instants(5, seed="checkpoints")
+    assert_checkpoints_end_alike(xv6(), tmp_path, COMMANDS, at)
+
+
+@pytest.mark.soak
+def test_xv6_passes_its_own_tests():
+    assert "\nALL TESTS PASSED\n" in answers(xv6(), undisturbed(xv6(), b"usertests\n"))[1]
