@@ -89,8 +89,9 @@ FEATURES: dict[tuple[int, int, int], dict[int, Feature]] = {
         16: Feature("PAT", "page tables choose among eight types of memory, all alike without caches"),
         17: Feature("PSE-36", "4-MByte pages beyond 4 GiB"),
         19: Feature("CLFSH", "CLFLUSH"),
+        # They are there, but who emulates the x87 and is offered them would save an x87 with them, and take #NM for it.
         24: Feature("FXSR", "FXSAVE and FXRSTOR, of registers that nothing computes with",
-                    cr4=CR4_OSFXSR | CR4_OSXMMEXCPT),
+                    cr4=CR4_OSFXSR | CR4_OSXMMEXCPT, claimed=True),
     },
     (0x6, 0, EAX): {
         2: Feature("ARAT", "the local APIC's timer never stops"),

@@ -64,9 +64,10 @@ def test_sysenter_is_not_taken_for_the_one_that_the_first_pentium_pro_had_not():
     assert cpuid(1)[EDX] >> 11 & 1
 
 
-def test_the_x87_is_claimed_where_a_guest_insists_on_it_and_nowhere_else():
-    assert cpuid(1)[EDX] ^ cpuid(1, claim=True)[EDX] == 1
-    assert not cpuid(1)[EDX] & 1
+def test_the_x87_and_how_to_save_it_are_claimed_where_a_guest_insists_on_it_and_nowhere_else():
+    fpu_and_fxsr = 1 << 0 | 1 << 24
+    assert cpuid(1, claim=True)[EDX] & fpu_and_fxsr == fpu_and_fxsr
+    assert cpuid(1)[EDX] == cpuid(1, claim=True)[EDX] & ~fpu_and_fxsr
 
 
 def test_neither_mmx_nor_sse_is_offered():
