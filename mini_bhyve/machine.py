@@ -223,9 +223,14 @@ class Machine:
         return [self.uart, self.kbc, self.crtc, self.port92, self.reset_control, *self.disk_controllers()]
 
     def disks(self) -> list[dict[str, Any]]:
-        """Which disks there are; path and size tell them apart."""
+        """Which disks there are, and what the guest knows of each."""
         return [
-            {"slot": slot, "path": image.path, "size": image.sectors * SECTOR_SIZE}
+            {
+                "slot": slot,
+                "path": image.path,
+                "size": image.sectors * SECTOR_SIZE,
+                "access": "read only" if image.read_only else "read and write",
+            }
             for slot, image in self.images.items()
         ]
 

@@ -345,7 +345,7 @@ class Snapshot:
         theirs_by_slot = {str(disk.get("slot")): disk for disk in vm.disks()}
         self._compare_names("a disk in slot ", ours_by_slot, theirs_by_slot)
         for slot, disk in theirs_by_slot.items():
-            for key in sorted({*disk, *ours_by_slot[slot]} - {"path"}):  # a disk image may have been moved
+            for key in sorted(set(ours_by_slot[slot]) - {"path"}):  # a disk image may have been moved
                 before, now = ours_by_slot[slot].get(key), disk.get(key)
                 if before != now:
                     raise SnapshotError(

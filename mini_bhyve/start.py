@@ -25,6 +25,8 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mini_bhyve.memory import MAX_SIZE
+
 if TYPE_CHECKING:
     from mini_bhyve.memory import GuestMemory
 
@@ -81,10 +83,15 @@ def read_file(path: str, limit: int = -1) -> bytes:
     """The first `limit` bytes of a file, or all; LoaderError names what cannot be read."""
     try:
         # Asked before it is opened: to open a named pipe would wait for a writer, to read a device may never end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise LoaderError(f"{path}: not a regular file")
+        if limit < 0 and status.st_size > MAX_SIZE:
+            raise LoaderError(f"{path}: has {status.st_size} bytes, and no guest has so much memory")
         with open(path, "rb") as file:
             return file.read(limit)
+    except MemoryError:
+        raise LoaderError(f"{path}: has {status.st_size} bytes, for which this host has no memory") from None
     except OSError as error:
         raise LoaderError(f"{path}: {error.strerror}") from None
     except ValueError:

@@ -316,3 +316,21 @@ def test_a_snapshot_wants_disks_of_the_same_size_in_the_same_slots_wherever_thei
             run_to(vm)
             assert images[1].read_bytes() == COPIED
         close(vm)
+
+
+@pytest.mark.parametrize("device", ["ide", "virtio-blk"])
+@pytest.mark.parametrize(
+    "before, after, sentence",
+    [
+        ("false", "true", "disk in slot 1 had the access read and write, but that of .*master.img is read only"),
+        ("true", "false", "disk in slot 1 had the access read only, but that of .*master.img is read and write"),
+    ],
+)
+def test_a_snapshot_wants_a_disk_to_be_read_only_as_it_was_or_not(images, tmp_path, device, before, after, sentence):
+    def with_disk(read_only: str) -> Machine:
+        config = configured(pci_0_1_0_device=device, pci_0_1_0_path=str(images[0]), pci_0_1_0_ro=read_only)
+        return Machine(config, Typist(b""))
+
+    vm_checkpoint(with_disk(before), str(tmp_path / "vm.ckp"), stop_vm=True)
+    with pytest.raises(SnapshotError, match=sentence):
+        load_snapshot(str(tmp_path / "vm.ckp")).restore(with_disk(after))

@@ -84,14 +84,20 @@ DISKS = {
 }
 
 
-@pytest.mark.parametrize("name", DISKS)
-def test_linux_keeps_a_file_system_on_a_disk(name, tmp_path):
+@pytest.fixture
+def disk(tmp_path):
+    """An image with the file system ext2, in which there are no files."""
     mke2fs = shutil.which("mke2fs") or shutil.which("mke2fs", path="/usr/sbin:/sbin")
     if mke2fs is None:
         pytest.skip("mke2fs is not installed: apt-get install e2fsprogs")
-    disk = tmp_path / "disk"
-    disk.write_bytes(bytes(2 * MEGABYTE))
-    subprocess.run([mke2fs, "-q", "-F", "-t", "ext2", str(disk)], check=True)
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(2 * MEGABYTE))
+    subprocess.run([mke2fs, "-q", "-F", "-t", "ext2", str(image)], check=True)
+    return image
+
+
+@pytest.mark.parametrize("name", DISKS)
+def test_linux_keeps_a_file_system_on_a_disk(name, disk):
     drive = ["-drive", f"id=disk,file={disk},format=raw,if=none", *DISKS[name]]
     data = random_bytes(100_000, seed=1)
     with LinuxOnQemu(memory=64, options=drive) as guest:
@@ -102,6 +108,15 @@ def test_linux_keeps_a_file_system_on_a_disk(name, tmp_path):
         assert guest.ask("sum /mnt/numbers") == summed(data)
         assert guest.ask("umount /mnt") == ""
     assert data[:1024] in disk.read_bytes()
+
+
+def test_linux_mounts_a_disk_that_can_only_be_read(disk):
+    drive = ["-drive", f"id=disk,file={disk},format=raw,if=none,readonly=on", *DISKS["vda"]]
+    with LinuxOnQemu(memory=64, options=drive) as guest:
+        assert guest.ask("mount /dev/vda /mnt") == ""
+        assert "lost+found" in guest.ask("ls /mnt")
+        assert guest.ask("write /mnt/numbers 1 1") == "write: /mnt/numbers: it can only be read\r\n"
+        assert guest.ask("write /dev/vda 1 1") == "write: /dev/vda: this is not permitted\r\n"
 
 
 # ---- The machine ----

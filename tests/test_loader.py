@@ -85,6 +85,17 @@ def test_what_cannot_be_read_is_named_and_never_waited_for(memory, tmp_path):
         load_kernel(memory, "a\0b")
 
 
+def test_a_file_larger_than_any_memory_is_refused_before_it_is_read(memory, tmp_path):
+    path = tmp_path / "disk.img"  # somebody has taken one option for another
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(LoaderError, match=rf"{path}: has 1099511627776 bytes, and no guest has so much memory"):
+        load_kernel(memory, str(path))
+    path.write_bytes(bytes(510) + b"\x55\xaa")
+    os.truncate(path, 1 << 40)
+    assert load_boot_sector(memory, str(path)).mode == "real", "of which only the first sector counts"
+
+
 # --- ROMs -------------------------------------------------------------------------------------------------------------
 
 

@@ -39,9 +39,11 @@ static void exit(int status) { syscall(EXIT, status, 0, 0, 0, 0); }
 static long fork(void) { return syscall(FORK, 0, 0, 0, 0, 0); }
 static long wait_for_any(int *status) { return syscall(WAIT4, -1, (long)status, 0, 0, 0); }
 
-static long mount(const char *device, const char *directory, const char *type)
+enum { MS_RDONLY = 1 };
+
+static long mount(const char *device, const char *directory, const char *type, long flags)
 {
-    return syscall(MOUNT, (long)device, (long)directory, (long)type, 0, 0);
+    return syscall(MOUNT, (long)device, (long)directory, (long)type, flags, 0);
 }
 
 /* Writes all of it: the kernel may take less at a time. */
@@ -132,8 +134,9 @@ static void put_decimal(unsigned long value) { put_number(value, 10, 1, ' '); }
 static int complain(const char *command, const char *thing, long error)
 {
     static const struct { int number; const char *text; } ERRORS[] = {
-        { 2, "there is no such file or directory" }, { 5, "the device failed" }, { 6, "there is no such device" },
-        { 11, "there are too many processes" }, { 12, "there is not enough memory" }, { 15, "this is no disk" },
+        { 1, "this is not permitted" }, { 2, "there is no such file or directory" }, { 5, "the device failed" },
+        { 6, "there is no such device" }, { 11, "there are too many processes" },
+        { 12, "there is not enough memory" }, { 15, "this is no disk" },
         { 16, "it is in use" }, { 19, "there is no such device" }, { 20, "this is no directory" },
         { 21, "this is a directory" }, { 22, "this is not possible here" }, { 28, "there is no space left" },
         { 30, "it can only be read" },
@@ -317,9 +320,13 @@ static int uptime(char **words)
     return 0;
 }
 
+/* A disk that can only be read appears all the same, and so do its files. */
 static int mount_disk(char **words)
 {
-    long error = mount(words[1], words[2], "ext2");
+    enum { PERMISSION_DENIED = -13 };
+    long error = mount(words[1], words[2], "ext2", 0);
+    if (error == PERMISSION_DENIED)
+        error = mount(words[1], words[2], "ext2", MS_RDONLY);
     return error < 0 ? complain(words[0], words[1], error) : 0;
 }
 
@@ -602,7 +609,7 @@ __attribute__((used)) static void run(void)
     static char line[256];
     static const char *const FILE_SYSTEMS[] = { "proc", "/proc", "devtmpfs", "/dev" };
     for (int i = 0; i < 4; i += 2) {
-        long error = mount(FILE_SYSTEMS[i], FILE_SYSTEMS[i + 1], FILE_SYSTEMS[i]);
+        long error = mount(FILE_SYSTEMS[i], FILE_SYSTEMS[i + 1], FILE_SYSTEMS[i], 0);
         if (error < 0)
             complain("init", FILE_SYSTEMS[i + 1], error);
     }
