@@ -8,7 +8,7 @@ VENV   := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 IN_VENV = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak fuzz coverage docs bench guests linux-guest lint clean
+.PHONY: help demo test soak fuzz coverage docs bench bench-guests guests linux-guest lint clean
 .NOTPARALLEL:  # two pip must not write into one environment
 .DELETE_ON_ERROR:
 
@@ -43,6 +43,9 @@ docs: $(VENV)/.installed-docs  ## build the documentation in docs/_build/html
 
 bench: $(VENV)/.installed  ## measure the interpreter against the same work by hand in Python
 	$(IN_VENV) bench/bench.py
+
+bench-guests: $(VENV)/.installed  ## measure how long xv6 and Linux take to boot, here and on QEMU
+	$(IN_VENV) bench/guests.py
 
 guests:  ## rebuild the embedded guests from their sources (needs gcc and binutils)
 	$(MAKE) -C guests

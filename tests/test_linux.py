@@ -28,7 +28,8 @@ TICK_NS = 10_000_000  # its configuration has CONFIG_HZ_100
 CENTISECOND_NS = 10_000_000
 MEGABYTE = 1 << 20
 
-COMMAND_LINE = "console=ttyS0 loglevel=5"  # shows warnings, and all that is worse
+WARNINGS = "console=ttyS0 loglevel=5"  # shows warnings, and all that is worse
+QUIET = "console=ttyS0 quiet"  # shows errors
 BANNER = "Linux guest: type help for a list of commands\n"
 
 
@@ -57,10 +58,16 @@ def file_system(tmp_path_factory) -> Path:
     return image
 
 
-def linux(disk: Path, disk_device: str = "virtio-blk", kernel: str = "vmlinux", memory: int = 16) -> Guest:
+def linux(
+    disk: Path,
+    disk_device: str = "virtio-blk",
+    kernel: str = "vmlinux",
+    memory: int = 16,
+    command_line: str = WARNINGS,
+) -> Guest:
     """Linux with so many megabytes of memory and a disk."""
     directory = linux_guest()
-    variables = {"memory_size": f"{memory}M", "kernel": str(directory / kernel), "append": COMMAND_LINE}
+    variables = {"memory_size": f"{memory}M", "kernel": str(directory / kernel), "append": command_line}
     variables["initrd"] = str(directory / "initrd.cpio")
     return Guest(b"\r\n# ", ticks(), tuple(variables.items()), disk_device, ((1, disk),))
 
@@ -121,7 +128,7 @@ def complaints(console: str) -> set[str]:
 
 def complaints_on_qemu(disk: Path, disk_device: str, memory: int) -> set[str]:
     drive = ["-drive", f"id=disk,file={disk},format=raw,if=none,snapshot=on", *ON_QEMU[disk_device]]
-    with LinuxOnQemu(memory, drive, COMMAND_LINE) as guest:
+    with LinuxOnQemu(memory, drive, WARNINGS) as guest:
         guest.send("poweroff\n")
         return complaints(guest.boot_messages + guest.read_until("System halted"))
 
@@ -156,12 +163,17 @@ def stress(disk_name: bytes) -> tuple[bytes, ...]:
 KINDS = {"virtio-blk": (b"vda", "vmlinux"), "ide": (b"sda", "bzImage")}  # a kernel each will do: both are the same
 
 
+def stressed(disk_device: str, disk: Path) -> tuple[Guest, tuple[bytes, ...]]:
+    """The guest, and what it is told to do."""
+    disk_name, kernel = KINDS[disk_device]
+    return linux(disk, disk_device, kernel, memory=64, command_line=QUIET), stress(disk_name)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("disk_device", KINDS)
 def test_linux_survives_the_stress_with_a_file_system_on_its_disk(disk_device, file_system):
-    disk_name, kernel = KINDS[disk_device]
-    guest = linux(file_system, disk_device, kernel, memory=64)
-    run = undisturbed(guest, *stress(disk_name))
+    guest, commands = stressed(disk_device, file_system)
+    run = undisturbed(guest, *commands)
     said = answers(guest, run)
     numbers, more = (summed(random_bytes(size, seed)).rstrip() for size, seed in ((300_000, 1), (200_000, 2)))
     assert said[1:10] == [
@@ -177,10 +189,9 @@ def test_linux_survives_the_stress_with_a_file_system_on_its_disk(disk_device, f
 def test_linux_suspended_and_restored_at_20_random_instants_ends_as_it_does_undisturbed(
     disk_device, file_system, tmp_path
 ):
-    disk_name, kernel = KINDS[disk_device]
-    guest = linux(file_system, disk_device, kernel, memory=64)
-    at = undisturbed(guest, *stress(disk_name)).instants(20, seed=f"{disk_device} suspended")
-    assert_suspensions_change_nothing(guest, tmp_path, stress(disk_name), at)
+    guest, commands = stressed(disk_device, file_system)
+    at = undisturbed(guest, *commands).instants(20, seed=f"{disk_device} suspended")
+    assert_suspensions_change_nothing(guest, tmp_path, commands, at)
 
 
 @pytest.mark.soak
@@ -188,10 +199,9 @@ def test_linux_suspended_and_restored_at_20_random_instants_ends_as_it_does_undi
 def test_each_of_6_checkpoints_of_a_running_linux_ends_in_its_own_copy_as_it_does_undisturbed(
     disk_device, file_system, tmp_path
 ):
-    disk_name, kernel = KINDS[disk_device]
-    guest = linux(file_system, disk_device, kernel, memory=64)
-    at = undisturbed(guest, *stress(disk_name)).instants(6, seed=f"{disk_device} checkpoints")
-    assert_checkpoints_end_alike(guest, tmp_path, stress(disk_name), at)
+    guest, commands = stressed(disk_device, file_system)
+    at = undisturbed(guest, *commands).instants(6, seed=f"{disk_device} checkpoints")
+    assert_checkpoints_end_alike(guest, tmp_path, commands, at)
 
 
 @pytest.mark.soak

@@ -38,7 +38,7 @@ SECTOR = 512
 
 @functools.cache
 def xv6() -> Guest:
-    """xv6 with the memory that it takes for granted, 224 MB. Its kernel is on the first disk, behind the boot code."""
+    """xv6, with more than the 224 MB that it takes for granted. Its kernel follows upon the boot sector of a disk."""
     return Guest(
         prompt=b"$ ",
         ticks=address_of("ticks", io.BytesIO((XV6 / "xv6.img").read_bytes()[SECTOR:])) - KERNEL_BASE,
