@@ -157,8 +157,10 @@ class MemoryAccess:
         """Raise what a store to a segment would raise, but for #AC, and store nothing."""
         size = width >> 3
         address = self.linear(index, offset, size, True)
+        straddles = (address & PAGE_SIZE - 1) + size > PAGE_SIZE
+        second_address = self.next_page(address) if straddles else address
         self.mmu.translate(address, WRITE | self.user_access)
-        self.mmu.translate((address + size - 1) & self.linear_mask, WRITE | self.user_access)
+        self.mmu.translate(second_address, WRITE | self.user_access)
 
     def check_touch(self, index: int, offset: int) -> None:
         """Raise what the load of a byte would raise, but for a code segment that must not be read: CLFLUSH."""

@@ -268,9 +268,6 @@ UNICORN_ERRORS = [
           lambda case, insn, ours, theirs: (ours.vector, theirs.vector) == (GP, PF)),
     Error("the registers that were popped before a fault have changed", "vol. 3A, 6.5: faults", "popaw popal",
           lambda case, insn, ours, theirs: both(PF, ours, theirs), fields="registers"),
-    Error("what comes before a page that is refused is written", "vol. 3A, 6.5: faults",
-          "fnsave fnstenv fxsave fxsave64", lambda case, insn, ours, theirs: both(PF, ours, theirs),
-          fields="controls memory"),
     Error("with VM in the image of EFLAGS, it goes to virtual-8086 mode from anywhere, and cuts EIP", "vol. 2A, IRET",
           "iret iretd iretq", lambda case, insn, ours, theirs: theirs.flags & fl.VM != 0 and (
               (ours.vector, ours.error_code) == (GP, 0) or case.world in ("user32", "user64", "long64"))),

@@ -13,7 +13,7 @@ from mini_bhyve import segmentation as seg
 from mini_bhyve.config import Config
 from mini_bhyve.console import ScriptedConsole
 from mini_bhyve.cpu import Cpu
-from mini_bhyve.faults import GP, PF, GuestFault
+from mini_bhyve.faults import GP, PF, GuestFault, VmExit
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.machine import ExitCode, Machine
 from mini_bhyve.memory import GuestMemory
@@ -188,6 +188,22 @@ def test_a_destination_has_to_be_writable_even_if_it_does_not_change(code):
     run_to_halt(cpu)
     assert int.from_bytes(cpu.memory.read(TABLE, 4), "little") & 0x40  # the page is dirty
     assert cpu.memory.read(0x200000, 4) == bytes(4)
+
+
+@pytest.mark.parametrize(
+    "code, first",
+    [
+        ("bf ff0f4000  6d", 0x1000),  # mov edi, PAGE + FFFh; insd
+        ("0fae05 f00f4000", 0x1000),  # fxsave [PAGE + FF0h]
+        ("bc f90f4000  6661", 0x1001),  # mov esp, PAGE + FF9h; popaw: skips the word of SP, which lies across
+    ],
+    ids=["insd", "fxsave", "popaw"],
+)
+def test_cr2_is_the_first_byte_of_the_page_behind_that_is_asked_for(code, first):
+    cpu = paged_cpu(code, table_entry=0x200003)  # PAGE is there, and the one behind it is not
+    with pytest.raises(VmExit):  # nor is a handler
+        run_to_halt(cpu)
+    assert cpu.cr2 == PAGE + first
 
 
 def test_the_eight_bytes_of_cmpxchg8b_are_one_value_and_go_on_behind_offset_ffffh():

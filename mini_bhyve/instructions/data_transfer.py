@@ -161,12 +161,11 @@ def pusha(cpu, encoding):
 def popa(cpu, encoding):
     """POPA: seven registers from the stack; the slot of ESP is skipped."""
     width = encoding.operand_width
-    values = [cpu.peek(slot * width // 8, width) for slot in range(8)]
+    mask = (1 << width) - 1
+    values = {index: cpu.peek((7 - index) * width // 8, width) for index in reversed(range(8)) if index != RSP}
     cpu.move_stack_pointer(8 * width // 8)
-    for index, value in enumerate(reversed(values)):
-        if index != RSP:
-            mask = (1 << width) - 1
-            cpu.regs[index].value = cpu.regs[index].value & ~mask | value
+    for index, value in values.items():
+        cpu.regs[index].value = cpu.regs[index].value & ~mask | value
 
 
 @instruction("enter", data_decides=True, encoded=True)
