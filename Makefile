@@ -13,7 +13,7 @@ IN_VENV = $(VENV)/bin/python
 .DELETE_ON_ERROR:
 
 help:  ## list what can be made (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "With another Python: make demo PYTHON=pypy3"
 
 demo: $(VENV)/.installed  ## boot a VM, suspend it, restore it, see it go on

@@ -17,6 +17,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +57,8 @@ def xv6() -> Guest:
     for number, name in enumerate(("xv6.img", "fs.img")):
         variables[f"pci.0.{number + 1}.0.device"] = "ide"
         variables[f"pci.0.{number + 1}.0.path"] = str(directory / name)
-        variables[f"pci.0.{number + 1}.0.ro"] = "true"  # it is not written to before the prompt
         qemu += ["-drive", f"file={directory / name},index={number},media=disk,format=raw"]
-    return Guest("xv6", directory, ("xv6.img", "fs.img"), b"init: starting sh\r\n$ ", variables, qemu)
+    return Guest("xv6", directory, ("xv6.img", "fs.img"), b"init: starting sh\n$ ", variables, qemu)
 
 
 def linux() -> Guest:
@@ -90,12 +90,14 @@ class UntilPrompt(ScriptedConsole):
             self.on_leave("the prompt")
 
 
-def boot_here(guest: Guest) -> dict[str, Any]:
-    """Boot a guest in this process."""
+def boot_here(guest: Guest, scratch: str) -> dict[str, Any]:
+    """Boot a guest in this process, from copies of its disks in the directory `scratch`."""
     wall, cpu = time.monotonic(), time.process_time()
     config = Config()
     for name, value in {**guest.variables, "clock": "virtual"}.items():
         config.set(name, value)
+    for disk in config.disks():  # written to in each boot: it gets copies
+        config.set(f"pci.0.{disk.slot}.0.path", shutil.copy(disk.path, scratch))
     console = UntilPrompt(guest.prompt)
     machine = Machine(config, console)
     console.on_leave = lambda reason: machine.stop(ExitCode.POWEROFF, reason)
@@ -174,7 +176,8 @@ def main() -> None:
     parser.add_argument("--boot", choices=GUESTS, help="boot only this one, under this Python, and print a JSON object")
     options = parser.parse_args()
     if options.boot:
-        print(json.dumps(boot_here(GUESTS[options.boot]())))
+        with tempfile.TemporaryDirectory() as scratch:
+            print(json.dumps(boot_here(GUESTS[options.boot](), scratch)))
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print("Measuring; this takes a few minutes ...")
