@@ -8,6 +8,7 @@ and jump there.
 from __future__ import annotations
 
 import os
+import runpy
 import select
 import shutil
 import struct
@@ -116,12 +117,14 @@ class Qemu(QemuProcess):
 
 
 def linux_guest() -> Path:
-    """Where the Linux guest is; skips the test if it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = Path(os.environ.get("LINUX_GUEST_DIR") or cache / "mini-bhyve" / "linux")
-    if not (directory / "made-from").exists():
+    """Where the Linux guest is; skips the test if it is not there, or if its init is not today's."""
+    builder = runpy.run_path(str(REPOSITORY / "guests" / "linux" / "build.py"))
+    made_from = builder["read_made_from"]()
+    if not made_from:
         pytest.skip("there is no Linux guest: make linux-guest builds it")
-    return directory
+    if made_from["initrd"] != builder["initrd_checksum"]():
+        pytest.skip("the Linux guest was made from another init.c: make linux-guest brings it up to date")
+    return builder["TARGET"]
 
 
 class LinuxOnQemu(QemuProcess):

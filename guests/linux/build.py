@@ -66,7 +66,7 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Failure(f"another build of {TARGET} is going on") from None
-        made_from = {"kernel": kernel_checksum(), "initrd": checksum(HERE / "init.c", Path(__file__))}
+        made_from = {"kernel": kernel_checksum(), "initrd": initrd_checksum()}
         old = read_made_from()
         if old == made_from:
             print(f"The Linux guest in {TARGET} is up to date.")
@@ -100,6 +100,11 @@ def kernel_checksum() -> str:
     """Of what the kernel depends on. The source is known by name, and size if it is there: it is long to read."""
     size = SOURCE.stat().st_size if SOURCE.exists() else 0
     return checksum(HERE / "config", text=f"{SOURCE.name} {size} {COMPRESSION}")
+
+
+def initrd_checksum() -> str:
+    """Of what the initrd depends on."""
+    return checksum(HERE / "init.c", Path(__file__))
 
 
 def read_made_from() -> dict[str, str]:
