@@ -165,7 +165,7 @@ FAR_RETURNS = "retf retfq iret iretd iretq"
 VEX_INSTRUCTIONS = "andn bextr blsi blsmsk blsr bzhi mulx pdep pext rorx sarx shlx shrx"
 UNICORN_ERRORS = [
     Error("a jump beyond the limit, or to an address that is not canonical, faults only where it leads to",
-          "vol. 2A, Jcc, JMP, CALL, IRET; vol. 2B, RET: #GP(0)", f"{NEAR_BRANCHES} retf iret iretd",
+          "vol. 2A, Jcc, JMP, CALL, IRET; vol. 2B, RET: #GP(0)", f"{NEAR_BRANCHES} {FAR_RETURNS} ljmp lcall",
           lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector is None
           and (theirs.ip > 0xFFFF if WORLDS[case.world].bits == 16 else not is_canonical(theirs.ip))),
     Error("the limit of a segment is not checked", "vol. 3A, 5.3",
