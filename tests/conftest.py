@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 pytest.register_assert_rewrite("vm_tools", "os_tools")
+
+# What the tests start shall behave as at a terminal, also where they were started by nohup, which has SIGHUP ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
