@@ -23,6 +23,7 @@ import difflib
 import re
 from typing import Callable, NamedTuple, Union, overload
 
+MAX_LINE = 65536  # characters: more than that in a line is no configuration
 MAX_SHOWN = 60  # characters of what is no assignment: somebody may have named a file of another kind
 
 
@@ -196,7 +197,9 @@ class Config:
         Raises OSError if the file cannot be read, ConfigError with file name and line number if a line is wrong.
         """
         with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            for line_number, line in enumerate(file, 1):
+            for line_number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), 1):
+                if len(line) > MAX_LINE:
+                    raise ConfigError(f"{path}, line {line_number}: longer than {MAX_LINE} characters")
                 if not line.strip() or line.lstrip().startswith("#"):
                     continue
                 try:

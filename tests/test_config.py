@@ -133,6 +133,15 @@ def test_disks_come_in_the_order_of_their_slots(config):
     assert config.disks() == [Disk(2, "a.img", False), Disk(10, "b.img", True)]
 
 
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(config, tmp_path):
+    path = tmp_path / "image"
+    with open(path, "wb") as file:
+        file.write(b"name=vm\n")
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="image, line 2: longer than 65536 characters"):
+        config.load_file(str(path))
+
+
 def test_a_disk_that_is_only_half_described_is_refused(config):
     config.set("pci.0.1.0.path", "a.img")
     with pytest.raises(ConfigError, match=r"pci\.0\.1\.0\.device is not set"):
