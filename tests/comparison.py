@@ -37,7 +37,7 @@ from mini_bhyve import flags as fl
 from mini_bhyve.faults import GP, PF, SS, UD
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.paging import is_canonical
-from mini_bhyve.registers import CR4_SMAP
+from mini_bhyve.registers import CR4_PAE, CR4_SMAP
 
 # --- What the manual leaves undefined ---------------------------------------------------------------------------------
 
@@ -266,6 +266,10 @@ UNICORN_ERRORS = [
           and PF in (ours.vector, theirs.vector) and not is_near_call(insn)),
     Error("the return address is pushed before it is asked whether code can be at the target", "vol. 2A, CALL", "call",
           lambda case, insn, ours, theirs: (ours.vector, theirs.vector) == (GP, PF)),
+    Error("the PDPTEs are not loaded, and so their reserved bits not seen", "vol. 3A, 4.4.1: MOV to CR", "mov",
+          lambda case, insn, ours, theirs: insn.opcode[:2] == [0x0F, 0x22] and ours.vector == GP
+          and theirs.vector is None and theirs.controls[3] & CR4_PAE != 0
+          and WORLDS[case.world].bits != 64),
     Error("the registers that were popped before a fault have changed", "vol. 3A, 6.5: faults", "popaw popal",
           lambda case, insn, ours, theirs: both(PF, ours, theirs), fields="registers"),
     Error("with VM in the image of EFLAGS, it goes to virtual-8086 mode from anywhere, and cuts EIP", "vol. 2A, IRET",
