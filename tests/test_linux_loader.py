@@ -40,18 +40,6 @@ def memory():
     return GuestMemory(8 * MIB)
 
 
-@pytest.fixture
-def file(tmp_path):
-    """Write bytes to a file, return its path."""
-
-    def write(data, name="kernel"):
-        path = tmp_path / name
-        path.write_bytes(data)
-        return str(path)
-
-    return write
-
-
 def make_vmlinux(bits=64, code=b"\xf4", size=0x3000):
     """An ELF file like Linux': linked for the upper half, loaded at 1 MiB, with a physical entry point."""
     contents = code.ljust(256, b"\x90") + BANNER

@@ -29,18 +29,6 @@ def memory():
     return GuestMemory(8 * MIB)
 
 
-@pytest.fixture
-def file(tmp_path):
-    """Write bytes to a file, return its path."""
-
-    def write(data, name="kernel"):
-        path = tmp_path / name
-        path.write_bytes(data)
-        return str(path)
-
-    return write
-
-
 # --- Flat images and boot sectors -------------------------------------------------------------------------------------
 
 
