@@ -107,6 +107,13 @@ def test_the_time_of_linux_is_that_of_the_virtual_clock(empty_disk):
     assert_tick_length(run, TICK_NS)
 
 
+def test_linux_unpacked_from_a_bzimage_finds_an_ide_disk_and_reads_what_it_wrote(empty_disk):
+    guest = linux(empty_disk, "ide", "bzImage")
+    run = undisturbed(guest, b"write /dev/sda 20000 7\n", b"sum /dev/sda 20000\n", b"poweroff\n")
+    _, written, summed_up, _ = answers(guest, run)
+    assert written == summed_up == summed(random_bytes(20_000, seed=7)).rstrip()
+
+
 def test_linux_notices_no_suspension_of_its_boot_its_writing_and_its_stress(empty_disk, tmp_path):
     run = undisturbed(linux(empty_disk), *FEW)
     writing = run.busy_between(1, 2)
