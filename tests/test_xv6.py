@@ -49,9 +49,10 @@ def xv6() -> Guest:
 
 
 def test_xv6_keeps_a_file_and_the_time_and_notices_no_suspension_of_its_boot_or_writing_and_no_checkpoint(tmp_path):
-    guest, commands = xv6(), [b"echo to be kept > f\n"]
+    guest, commands = xv6(), [b"echo to be kept > f\n", b"ls f\n"]
     run = undisturbed(guest, *commands)
-    assert answers(guest, run)[1:] == ["", ""]
+    _, echoed, listed, rest = answers(guest, run)
+    assert (echoed, rest) == ("", "") and re.fullmatch(r"f +2 \d+ 11\n", listed)
     booting, writing = run.busy_between(-1, 0), run.busy_between(0, 1)
     machine = guest.boot(tmp_path, commands)
     at = [booting[len(booting) // 2], writing[0], writing[len(writing) // 2]]
