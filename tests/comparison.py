@@ -286,8 +286,10 @@ TWO_OPERANDS = [f"cmps{suffix}" for suffix in "bwdq"]
 
 def other_fault_first(insn: capstone.CsInsn, ours: Outcome, theirs: Outcome, found: list[str]) -> bool:
     """Two operands are not to be had, and each processor has tried another one of them first."""
-    in_both = insn.insn_name() in TWO_OPERANDS and both(PF, ours, theirs)
-    return in_both and fields_of(found) <= {"error_code", "controls"}
+    # (A page that is not to be had, or an address that is not canonical.)
+    in_both = insn.insn_name() in TWO_OPERANDS and {ours.vector, theirs.vector} <= {PF, GP} and PF in (
+        ours.vector, theirs.vector)
+    return in_both and fields_of(found) <= {"vector", "error_code", "controls"}
 
 
 # What is not compared at all.
