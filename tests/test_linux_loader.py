@@ -1,6 +1,6 @@
 """The Linux loader: kernels made here in both forms, read as the boot protocol says, and beside QEMU's loader.
 
-A real kernel is begun as well, where there is one (see `REAL_KERNEL`).
+A real kernel is begun as well, where there is one (`make linux-guest`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from array import array
 from pathlib import Path
 
 import pytest
+from guest_tools import linux_guest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loader_tools import MIB, assemble, at, make_elf, run_on_unicorn, string_at
@@ -28,8 +29,6 @@ from unicorn import x86_const as x86
 from mini_bhyve.loader import load_kernel
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.start import LoaderError
-
-REAL_KERNEL = Path(os.environ.get("LINUX_GUEST_DIR", "~/.cache/mini-bhyve/linux")).expanduser() / "bzImage"
 
 BANNER = b"Linux version 6.1.0 (somebody@somewhere) #1"
 UPPER = {32: 0xC0000000, 64: 0xFFFFFFFF80000000}
@@ -465,10 +464,9 @@ def test_a_kernel_is_told_the_same_by_qemus_loader(file, tmp_path):
 
 
 def test_a_real_kernel_says_what_it_was_told(run_dir):
-    if not REAL_KERNEL.exists():
-        pytest.skip(f"there is no {REAL_KERNEL}: make linux-guest")
+    kernel = linux_guest() / "bzImage"
     command = [sys.executable, "-m", "mini_bhyve", "linux", "-o", f"rundir={run_dir}", "-m", "64"]
-    command += ["--kernel", str(REAL_KERNEL), "--append", "earlyprintk=serial told by a test"]
+    command += ["--kernel", str(kernel), "--append", "earlyprintk=serial told by a test"]
     said = b""
     with subprocess.Popen(command, stdout=subprocess.PIPE) as bhyve:
         patience = threading.Timer(60, bhyve.terminate)
