@@ -284,7 +284,7 @@ def _locked(directory: str) -> Iterator[None]:
 # --- ipc.c: bhyve's half ---------------------------------------------------------------------------------------------
 
 
-def init_ipc(vmname: str, run_dir: str, commands: dict[IpcOpcode, Handler]) -> IpcServer:
+def init_ipc(vmname: str, run_dir: str, commands: dict[IpcOpcode, Any], first: Any = None) -> IpcServer:
     """Create the control socket of a VM, and the thread that serves it.
 
     ``commands`` are the handlers: called in that thread, one after the other, with the message; what they return is
@@ -370,7 +370,10 @@ class IpcServer:
         if opcode not in self.commands:
             raise IpcError(f"command {opcode.name} not found")
         try:
-            return dict(self.commands[opcode](message) or {})
+            result = self.commands[opcode](message)
+            if hasattr(result, "answer"):
+                result = result.answer()
+            return dict(result or {})
         except IpcError:
             raise
         except Exception as error:  # whatever a handler does, the VM keeps its socket

@@ -97,6 +97,8 @@ class Uart16550(Device):
         self.clock = clock
         self.set_irq = set_irq
         self.console = console
+        # Called before each byte that goes out; while it is not known whether the guest may go on, it waits.
+        self.before_output: Callable[[], None] = lambda: None
         self.base = base
         self.ports = range(base, base + 8)
         self.name = name
@@ -220,6 +222,7 @@ class Uart16550(Device):
         self.thr_empty_pending = False
         self._update_irq()
         if not self.mcr & MCR_LOOP:
+            self.before_output()
             self.console.write(bytes([value]))
         elif self._room():
             self._receive(bytes([value]), self.clock.now)

@@ -17,10 +17,10 @@ from typing import Callable
 
 import pytest
 from review_client import compile_review_client
+from snapshot_machine import checkpoint
 from vm_tools import Vm, boot, ctl, run_bhyve, run_to, wait_until
 
 from mini_bhyve import ipc
-from mini_bhyve.snapshot import vm_checkpoint
 
 REBOOT, POWEROFF, HALT, TRIPLE_FAULT, ERROR, SUSPENDED = range(6)
 
@@ -110,7 +110,7 @@ def snapshot(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("snapshot") / "vm.ckp"
     machine = boot("counter")
     run_to(machine, 6000)
-    vm_checkpoint(machine, str(path), stop_vm=True)
+    checkpoint(machine, str(path), stop_vm=True)
     return path
 
 
