@@ -26,6 +26,7 @@ import select
 import signal
 import threading
 import time
+import warnings
 from typing import BinaryIO, Callable, NoReturn
 
 from mini_bhyve.snapshot_state import SnapshotError
@@ -60,7 +61,7 @@ class ChildTask:
         writer: BinaryIO = open(writing, "wb", buffering=0)
         self._pid: int | None = None
         try:
-            self._pid = os.fork()
+            self._pid = _fork()
         except (AttributeError, OSError) as error:  # no such call on this system, or no memory or process to be had
             self.refused = str(getattr(error, "strerror", None) or "this system cannot fork")
             _put_line(writer, {"outcome": _outcome(work, lambda done, total: None)})
@@ -115,6 +116,16 @@ class ChildTask:
                 if os.WIFSIGNALED(status):
                     return f"the process that did it was ended by {signal.Signals(os.WTERMSIG(status)).name}"
         return "the process that did it has ended before its time"
+
+
+def _fork() -> int:
+    """fork(2). Python warns of it where there are threads: the child has none of them, but the locks that they held.
+
+    What the child does (system calls, hashlib, json) takes no lock of Python's; those of the C library are put in order.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _be_the_child(writer: BinaryIO, work: Work, descriptors: tuple[int, ...], nice: int) -> NoReturn:
