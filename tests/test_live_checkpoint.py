@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import mmap
 import os
 import random
@@ -22,9 +23,11 @@ from pathlib import Path
 
 import pytest
 from snapshot_machine import COMPLETE, checkpoint
-from vm_tools import ROOT, Typist, Vm, assert_same_state, boot, configured, restore, run_to, wait_until
+from vm_tools import ROOT, Typist, Vm, assert_same_state, boot, configured, ctl, restore, run_to, wait_until
 
+import mini_bhyve.__main__
 from mini_bhyve import ipc, snapshot
+from mini_bhyve.child import ChildTask
 from mini_bhyve.loader import load_flat
 from mini_bhyve.machine import ExitCode, Machine
 from mini_bhyve.snapshot import SnapshotError, load_snapshot, vm_checkpoint
@@ -383,3 +386,69 @@ def test_a_vm_that_could_not_be_forked_says_so_to_who_asked_for_the_checkpoint(r
         reply = ipc.snapshot_request(server.path, str(tmp_path / "vm.ckp"), ipc.IpcOpcode.START_CHECKPOINT)
     assert "the VM stood still while" in reply["warning"]
     machine.stop(ExitCode.POWEROFF, "")
+
+
+def test_a_limit_on_the_size_of_files_is_what_the_user_reads_and_the_vm_runs_on(run_dir, tmp_path):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+    command = [sys.executable, "-m", "mini_bhyve", "-o", f"rundir={run_dir}", "-o", "clock=wall", "small"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, preexec_fn=limit
+    ) as vm:
+        try:
+            wait_until(lambda: ctl(run_dir, "status", "small").returncode == 0)
+            for command_name in ("checkpoint", "suspend"):
+                refused = ctl(run_dir, command_name, "small", str(tmp_path / "vm.ckp"))
+                assert refused.returncode == 1
+                assert refused.stderr == f"ctl.py: cannot write {tmp_path}/vm.ckp.unfinished: File too large\n"
+                assert os.listdir(tmp_path) == []
+            assert "paused" not in ctl(run_dir, "status", "small").stdout
+            assert ctl(run_dir, "poweroff", "small").returncode == 0
+            assert vm.wait(30) == ExitCode.POWEROFF
+        finally:
+            vm.kill()
+
+
+# --- Seen -------------------------------------------------------------------------------------------------------------
+
+
+class Screen(io.StringIO):
+    """A standard error that is a terminal, or a pipe."""
+
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("patience", [0.05, 10.0])
+def test_a_restore_that_takes_its_time_shows_how_far_it_is_on_a_terminal_only(monkeypatch, terminal, patience):
+    def work(tell):
+        for done in range(6):
+            time.sleep(0.1)
+            tell(done << 20, 6 << 20)
+
+    screen = Screen(terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(mini_bhyve.__main__, "PATIENCE", patience)
+    mini_bhyve.__main__.await_verification(ChildTask("verify vm.ckp", work))
+    shown = screen.getvalue()
+    assert ("verify vm.ckp" in shown and "%" in shown) == (terminal and patience < 1)
+    if not terminal or patience > 1:
+        assert shown == ""
+
+
+def test_a_restore_that_finds_damage_after_a_while_says_so(monkeypatch):
+    def work(tell):
+        time.sleep(0.2)
+        raise SnapshotError("vm.ckp is damaged")
+
+    monkeypatch.setattr(sys, "stderr", Screen(True))
+    monkeypatch.setattr(mini_bhyve.__main__, "PATIENCE", 0.05)
+    with pytest.raises(SnapshotError, match="^vm.ckp is damaged$"):
+        mini_bhyve.__main__.await_verification(ChildTask("verify vm.ckp", work))
