@@ -366,8 +366,7 @@ def init_ipc(
     path = socket_path(run_dir, vmname)
     listener = _new_socket()
     try:
-        if SENDERS_ARE_KNOWN:
-            listener.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)  # before there is a name to send to
+        _know_senders(listener)  # before there is a name to send to
         _make_run_dir(run_dir)
         with _locked(run_dir):
             if os.path.lexists(path):
@@ -422,7 +421,7 @@ class IpcServer:
         self.asked: tuple[IpcOpcode, Any] | None = None  # what is pending, and who waits for it; for `first`, None
         self.waiting: deque[tuple[IpcMessage, Any]] = deque()  # and it is empty unless something is pending
         self._identity = _identity(path)
-        self._outlet = _new_socket()
+        self._outlet = _new_socket()  # has no name: should an answer come to a VM, nobody answers that for ever
         self._knock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._knock.connect(path)  # to wake the thread later, when the name may be gone already
         _servers.add(self)
@@ -560,6 +559,23 @@ def _new_socket() -> socket.socket:
     return new
 
 
+def _know_senders(receiver: socket.socket) -> None:
+    """From now on recvmsg() tells who has sent a datagram, where the system does."""
+    if SENDERS_ARE_KNOWN:
+        receiver.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+
+
+def is_from(ancillary: list[tuple[int, int, bytes]], *users: int) -> bool:
+    """Whether what came with a datagram says that one of these users has sent it, as far as the system tells."""
+    if not SENDERS_ARE_KNOWN:
+        return True
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, SCM_CREDENTIALS) and len(data) == UCRED.size:
+            _, uid, _ = UCRED.unpack(data)
+            return uid in users
+    return False
+
+
 def _identity(path: str) -> tuple[int, int]:
     found = os.lstat(path)
     return found.st_dev, found.st_ino  # no other file is given the same as long as the socket is open
@@ -595,7 +611,7 @@ def ipc_thread(server: IpcServer) -> None:
         with contextlib.suppress(OSError):  # EAGAIN: nobody waits any more
             for _ in range(1000):
                 _, ancillary, _, sender = server.socket.recvmsg(1, ANCILLARY_SIZE)
-                if may_ask(ancillary):
+                if is_from(ancillary, 0, os.getuid()):
                     server.answer(sender, ended)
 
 
@@ -614,40 +630,15 @@ def get_message(server: IpcServer) -> None:
     """
     size = ctypes.sizeof(IpcMessage) + 1  # one more shows that it was too long
     datagram, ancillary, _, sender = server.socket.recvmsg(size, ANCILLARY_SIZE)
-    if not may_ask(ancillary):
+    if not is_from(ancillary, 0, os.getuid()):
         return  # in silence: where an answer would go is a name of his choice, and we would go there with our rights
     if server.ending:
         return server.answer(sender, {"error": f"VM {server.vmname!r} has ended"})
     try:
         message = IpcMessage.from_datagram(datagram)
     except IpcError as error:
-        if not is_answer(datagram):
-            server.answer(sender, {"error": str(error)})
-        return
+        return server.answer(sender, {"error": str(error)})
     server.take(message, sender)
-
-
-def may_ask(ancillary: list[tuple[int, int, bytes]]) -> bool:
-    """Whether what came with a datagram says that it is from root or from our own user, as far as the system says."""
-    if not SENDERS_ARE_KNOWN:
-        return True
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, SCM_CREDENTIALS) and len(data) == UCRED.size:
-            _, uid, _ = UCRED.unpack(data)
-            return uid in (0, os.getuid())
-    return False
-
-
-def is_answer(datagram: bytes) -> bool:
-    """Whether a datagram that is no request is an answer: one that was sent to a socket of another name than it had.
-
-    To answer that would begin an exchange without end, of two VMs or of one with itself.
-    """
-    try:
-        nvlist.unpack(datagram)
-    except nvlist.NvlistError:
-        return False
-    return True
 
 
 # --- ipc.h: bhyvectl's half ------------------------------------------------------------------------------------------
@@ -665,12 +656,11 @@ def send_message(path: str, message: IpcMessage, timeout: float = REPLY_TIMEOUT)
     deadline = time.monotonic() + timeout
     with _new_socket() as client:
         try:
-            _check_socket(path)
-            with contextlib.suppress(OSError):
-                os.fchmod(client.fileno(), 0o600)  # on Linux, this is the mode that bind() makes the file with
-            client.bind(address)
+            owner = _owner_of(path)
+            _know_senders(client)
+            _bind_for(owner, client, address)
             _deliver(client, path, bytes(message), deadline)
-            reply = nvlist.unpack(_wait_for_reply(client, path, deadline))
+            reply = nvlist.unpack(_wait_for_reply(client, path, owner, deadline))
         except FileNotFoundError:
             raise IpcError(f"there is no VM named {vmname!r} in {run_dir}") from None
         except ConnectionError:
@@ -689,13 +679,29 @@ def send_message(path: str, message: IpcMessage, timeout: float = REPLY_TIMEOUT)
     return reply
 
 
-def _check_socket(path: str) -> None:
-    """Raises IpcError if what has the name of a VM is no socket, or somebody else's; FileNotFoundError for nothing."""
+def _owner_of(path: str) -> int:
+    """Whose VM it is. Raises IpcError for somebody else's and for what is no socket, FileNotFoundError for nothing."""
     found = os.lstat(path)
     if not stat.S_ISSOCK(found.st_mode):
         raise IpcError(f"{path} is not the control socket of a VM")
     if os.getuid() != 0 and found.st_uid not in (0, os.getuid()):
         raise IpcError(f"the control socket {path} belongs to another user, with the number {found.st_uid}")
+    return found.st_uid
+
+
+def _bind_for(owner: int, client: socket.socket, address: str) -> None:
+    """Give a client an address that the VM of `owner` may send to. (By its name the file must not be touched again: in
+    another user's directory, it may have become something else.)"""
+    if owner == os.getuid():
+        with contextlib.suppress(OSError):
+            os.fchmod(client.fileno(), 0o600)  # on Linux, the mode that bind() makes the file with
+        client.bind(address)
+    else:
+        mask = os.umask(0)
+        try:
+            client.bind(address)
+        finally:
+            os.umask(mask)
 
 
 def _deliver(client: socket.socket, path: str, datagram: bytes, deadline: float) -> None:
@@ -714,13 +720,16 @@ def _deliver(client: socket.socket, path: str, datagram: bytes, deadline: float)
         time.sleep(0.01)
 
 
-def _wait_for_reply(client: socket.socket, path: str, deadline: float) -> bytes:
-    """One datagram. Raises socket.timeout if none comes in time, IpcError as soon as nobody is left to send it."""
+def _wait_for_reply(client: socket.socket, path: str, owner: int, deadline: float) -> bytes:
+    """One datagram of the VM. Raises socket.timeout if none comes in time, IpcError if nobody is left to send it."""
     gone = False
     while True:
         client.settimeout(max(min(PROBE_INTERVAL, deadline - time.monotonic()), 0.001))
         try:
-            return client.recv(MAX_REPLY)
+            reply, ancillary, _, _ = client.recvmsg(MAX_REPLY, ANCILLARY_SIZE)
+            if is_from(ancillary, owner, 0, os.getuid()):
+                return reply
+            continue
         except socket.timeout:
             if gone:
                 raise IpcError(f"VM {os.path.basename(path)!r} ended before it answered") from None
