@@ -92,6 +92,11 @@ PROBE_INTERVAL = 0.5
 #: So many requests wait while one takes its time. Those beyond are refused.
 MAX_WAITING = 100
 
+#: Of the time there is, the thread takes no more than this part, however many requests come: the rest is the virtual
+#: CPU's. What it may take at once, in seconds, is enough for some ten of them.
+SHARE = 0.2
+AT_ONCE = 0.002
+
 #: Seconds to wait for somebody else to be done with the names in the run directory, which takes a moment.
 LOCK_TIMEOUT = 5.0
 
@@ -421,6 +426,7 @@ class IpcServer:
         self.asked: tuple[IpcOpcode, Any] | None = None  # what is pending, and who waits for it; for `first`, None
         self.waiting: deque[tuple[IpcMessage, Any]] = deque()  # and it is empty unless something is pending
         self._identity = _identity(path)
+        self._owed = self._looked = self._used = 0.0  # see rest()
         self._outlet = _new_socket()  # has no name: should an answer come to a VM, nobody answers that for ever
         self._knock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._knock.connect(path)  # to wake the thread later, when the name may be gone already
@@ -446,6 +452,15 @@ class IpcServer:
         with contextlib.suppress(FileNotFoundError):
             if _identity(self.path) == self._identity:
                 os.unlink(self.path)
+
+    def rest(self) -> None:
+        """Leave the virtual CPU its time, if requests come so close that the guest would hardly run beside them."""
+        now, used = time.monotonic(), time.thread_time()
+        self._owed = max(0.0, self._owed - (now - self._looked) * SHARE) + used - self._used
+        self._looked, self._used = now, used
+        if self._owed > AT_ONCE:
+            self._owed = min(self._owed, 2 * AT_ONCE)  # what took longer was no flood
+            time.sleep(self._owed / SHARE)
 
     def take(self, message: IpcMessage, sender: Any) -> None:
         """Serve a request now, or have it wait its turn."""
@@ -596,6 +611,7 @@ def ipc_thread(server: IpcServer) -> None:
     # No signal is for this thread, nor for a process that a handler forks: Ctrl-C would be for that one as well.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     while not server.ending:
+        server.rest()
         if server.pending is None:
             get_message(server)
         elif not server.conclude() and wait_for_message(server.socket, server.pending):
