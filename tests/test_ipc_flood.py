@@ -110,6 +110,40 @@ def test_a_vm_runs_at_no_less_than_half_its_speed_while_50_clients_send_it_100_0
     assert os.listdir(vm.run_dir) == ["vm"]
 
 
+# Ten who ask for one thing without a pause, and have no address for the answer: nothing else slows the VM down as much.
+ASKING = """
+import socket, struct, sys, threading, time
+path, opcode, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+
+def ask():
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asker:
+        while time.monotonic() < end:
+            asker.sendto(struct.pack("=I", opcode), path)
+
+end = time.monotonic() + seconds
+threads = [threading.Thread(target=ask) for _ in range(10)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.soak
+@needs_proc
+@pytest.mark.parametrize("opcode", [IpcOpcode.STATUS, IpcOpcode.REGS, IpcOpcode.RESUME, 77])
+def test_a_vm_runs_at_no_less_than_half_its_speed_while_it_is_asked_the_same_without_a_pause(vm, opcode):
+    ratios = []
+    for _ in range(5):
+        beginning = vm.progress()
+        time.sleep(3)
+        quiet = vm.progress()
+        subprocess.run([sys.executable, "-c", ASKING, vm.path, str(int(opcode)), "3"], check=True)
+        ratios.append(speed(quiet, vm.progress()) / speed(beginning, quiet))
+    print(f"speed while asked for {opcode!r}, in parts of that before:", " ".join(f"{ratio:.2f}" for ratio in ratios))
+    assert statistics.median(ratios) >= 0.5, ratios
+
+
 def test_a_vm_that_is_told_to_end_in_the_middle_of_a_flood_ends_in_order(vm):
     command = [sys.executable, str(ROOT / "tests" / "flooder.py"), vm.run_dir, "vm", "0", "100000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as flood:
