@@ -51,7 +51,6 @@ import enum
 import errno
 import fcntl
 import os
-import platform
 import select
 import signal
 import socket
@@ -106,7 +105,7 @@ UCRED = struct.Struct("@iII")
 SO_PASSCRED = getattr(socket, "SO_PASSCRED", 16)
 SCM_CREDENTIALS = getattr(socket, "SCM_CREDENTIALS", 2)
 SENDERS_ARE_KNOWN = sys.platform.startswith("linux") and (
-    hasattr(socket, "SO_PASSCRED") or platform.machine() in ("x86_64", "aarch64")
+    hasattr(socket, "SO_PASSCRED") or os.uname().machine in ("x86_64", "aarch64")
 )
 
 #: Room beside a datagram for the sender's credentials, and for nothing else: descriptors sent along are closed by the
