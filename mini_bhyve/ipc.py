@@ -546,8 +546,8 @@ class IpcServer:
             except BlockingIOError:
                 # The sender's queue is full; or, on Linux, our own socket has no room, for what others leave unread
                 # is charged to it. The first is their affair, but the second must not keep this one waiting.
-                self._outlet.close()
-                self._outlet = _new_socket()
+                full, self._outlet = self._outlet, _new_socket()
+                full.close()
                 self._outlet.sendto(packed, socket.MSG_DONTWAIT, sender)
             except PermissionError:
                 # On Linux, a sender who is connected to our socket takes nothing from another.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -375,6 +376,20 @@ def test_a_client_that_takes_answers_from_the_vms_own_socket_only_gets_them_thou
         connected.send(STATUS)
         assert nvlist.unpack(connected.recv(65536)) == {"count": 901}
         assert count(server) == 902
+
+
+def test_a_vm_without_another_descriptor_goes_on_answering(run_dir, server, monkeypatch):
+    def no_descriptor() -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with client(run_dir, ".deaf") as deaf:
+        with monkeypatch.context() as patched:
+            patched.setattr(ipc, "_new_socket", no_descriptor)
+            for _ in range(20):  # more answers than its queue holds
+                deaf.sendto(STATUS, server.path)
+            with client(run_dir, ".client") as sender:
+                sender.sendto(STATUS, server.path)
+                assert nvlist.unpack(sender.recv(65536)) == {"count": 21}
 
 
 def test_whoever_waits_for_room_in_the_queue_gets_in_though_fifty_others_wait_too(run_dir, server):
