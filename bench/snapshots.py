@@ -3,7 +3,7 @@
 Each size of memory is a machine of its own in a process of its own, all of its memory filled with what is not zero.
 The guest computes while checkpoints are written. The table has
 
-    pause           from the last instruction before a checkpoint to the first after it, as the vCPU sees it: the longest
+    pause           how long the vCPU stands still for a checkpoint: the longest of some
     rate            instructions a second while the child process writes, in parts of those before and after
     written in      seconds from the request to its answer
     first instr.    from the beginning of a restore to the first instruction of the guest, in milliseconds
@@ -81,7 +81,7 @@ def measure(size: str, directory: str) -> dict[str, float]:
     memory = machine.memory
     for address in range(1 << 20, memory.size, 4096):  # above what the guest uses
         memory.ram[address : address + 8] = address.to_bytes(8, "little")
-    watch = machine.pause_point = StopWatch(machine)  # type: ignore[method-assign, assignment]
+    watch = machine.pause_point = StopWatch(machine)  # type: ignore[method-assign]
     vcpu = threading.Thread(target=machine.run, daemon=True)
     vcpu.start()
     time.sleep(CALM)

@@ -42,8 +42,8 @@ class ChildTask:
     """`work(tell)`, done by a child process, or by this one before the constructor returns, where it cannot fork.
 
     `what` is what it does, for the sentence on how it failed: "write vm.ckp". Of the descriptors above standard error
-    the child has only `descriptors`: a socket or a terminal that it kept open would outlive the VM. It is nicer to other
-    processes by `nice` (nice(2)): with 10 it takes a tenth of a CPU that we want, too.
+    the child has only `descriptors`: a socket or a terminal that it kept open would outlive the VM. It is nicer to
+    other processes by `nice` (nice(2)): with 10 it takes a tenth of a CPU that we want, too.
 
     `done` and `total` are how far it has come, in bytes; `refused` is why there is no child, or empty. Any thread may
     ask how it goes on.
@@ -121,7 +121,7 @@ class ChildTask:
 def _fork() -> int:
     """fork(2). Python warns of it where there are threads: the child has none of them, but the locks that they held.
 
-    What the child does (system calls, hashlib, json) takes no lock of Python's; those of the C library are put in order.
+    What the child does (system calls, hashlib, json) takes none of Python's; those of the C library are put in order.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

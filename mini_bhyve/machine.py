@@ -381,6 +381,9 @@ class Machine:
         if self.pause_requested:
             self.pause_point()
             return
+        if self.uart.unsent:
+            self.wait_for_console()
+            return
         deadline = self.advance_devices()
         if cpu.retired >= cpu.interrupts_from:
             interrupts.take_interrupt(cpu)
@@ -422,6 +425,14 @@ class Machine:
         else:
             self.clock.skip_to(deadline)
 
+    def wait_for_console(self) -> None:
+        """The guest has printed more than there is room for: it stands still until there is, or kick() is called."""
+        self.uart.send()
+        room = self.console.room_fd
+        if self.uart.unsent and room is not None:
+            select.select([self.wake_fd], [room], [])
+            self.forget_kicks()
+
     # --- The clock on the wall --------------------------------------------------------------------------------------
 
     def anchor_clocks(self) -> None:
@@ -454,8 +465,7 @@ class Machine:
         if for_input and self.uart.wants_input and self.console.wait_fd is not None:
             descriptors.append(self.console.wait_fd)
         select.select(descriptors, [], [], None if nanoseconds is None else nanoseconds / NS_PER_SECOND)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake_fd, 4096)
+        self.forget_kicks()
 
     # --- Stopping and pausing, from any thread ----------------------------------------------------------------------
 
@@ -465,12 +475,16 @@ class Machine:
         with contextlib.suppress(BlockingIOError):
             os.write(self.kick_fd, b"k")
 
+    def forget_kicks(self) -> None:
+        """The vCPU has woken up: it looks anyway what there is."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_fd, 4096)
+
     def stop(self, exit_code: ExitCode, reason: str) -> None:
         """End the VM: no further instruction is executed after the present one. The first reason counts."""
         with self.stopping:
             if self.exit_code is None:
                 self.exit_code, self.reason = exit_code, reason
-        self.console.unblock()
         self.pause.vm_vcpu_resume()
         self.kick()
 

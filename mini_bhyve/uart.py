@@ -68,8 +68,8 @@ class Console(Protocol):
     def read(self, limit: int) -> bytes:
         """At most `limit` bytes of input, none if there is nothing now."""
 
-    def write(self, data: bytes) -> object:
-        """Show `data`."""
+    def write(self, data: bytes) -> bytes | None:
+        """Show `data`, without waiting for anybody; returns what there is no room for now, if anything."""
 
 
 class Uart16550(Device):
@@ -79,6 +79,7 @@ class Uart16550(Device):
     takes place at every whole millisecond of virtual time, so that the same input arrives at the same instruction
     whenever it is read from a file; the console is asked only for what the receiver has room for, so nothing is lost
     and nothing overruns. It is first asked after the guest's first access to the port: before that nobody listens.
+    What the console has no room for is `unsent`, and the guest is to stand still until `send` has got rid of that.
 
     As in bhyve: what is on the line is never garbled, so line settings matter only to the character timeout; there is a
     MODEM, always ready; and OUT2 does not gate the interrupt line, as it does on a PC's adapter card.
@@ -107,6 +108,7 @@ class Uart16550(Device):
         self.ier = self.fcr = self.lcr = self.mcr = self.scr = 0
         self.msr = MSR_DCD | MSR_DSR | MSR_CTS
         self.received = b""  # the receive FIFO, oldest byte first
+        self.unsent = b""
         self.overrun = False
         self.thr_empty_pending = False  # the interrupt; THR itself is always empty
         self.timeout_pending = False
@@ -222,8 +224,7 @@ class Uart16550(Device):
         self.thr_empty_pending = False
         self._update_irq()
         if not self.mcr & MCR_LOOP:
-            self.before_output()
-            self.console.write(bytes([value]))
+            self.send(bytes([value]))
         elif self._room():
             self._receive(bytes([value]), self.clock.now)
         else:
@@ -231,6 +232,11 @@ class Uart16550(Device):
             if not self.fcr & FCR_ENABLE:
                 self.received = bytes([value])  # RBR is overwritten; a FIFO keeps what it has
         self.thr_empty_pending = True
+
+    def send(self, data: bytes = b"") -> None:
+        """To the console, behind what it has not had room for yet."""
+        self.before_output()
+        self.unsent = self.console.write(self.unsent + data) or b""
 
     def _write_fcr(self, value: int) -> None:
         if not value & FCR_ENABLE:
@@ -312,6 +318,7 @@ class Uart16550(Device):
         self.msr = state.u8("msr", self.msr)
         self.scr = state.u8("scr", self.scr)
         self.received = state.data("received", self.received)
+        self.unsent = state.data("unsent", self.unsent)
         self.overrun = state.flag("overrun", self.overrun)
         self.thr_empty_pending = state.flag("thr_empty_pending", self.thr_empty_pending)
         self.timeout_pending = state.flag("timeout_pending", self.timeout_pending)

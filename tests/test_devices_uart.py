@@ -457,6 +457,37 @@ def test_a_restored_uart_goes_on_as_the_saved_one_does(script, before, after):
     assert copy.terminal.shown == bench.terminal.shown and copy.terminal.script == bench.terminal.script
 
 
+class Narrow(Terminal):
+    """A console that has room for so many bytes and no more."""
+
+    room = 0
+
+    def write(self, data: bytes) -> bytes:
+        taken, rest = data[: self.room], data[self.room :]
+        super().write(taken)
+        self.room -= len(taken)
+        return rest
+
+
+def test_what_the_console_has_no_room_for_is_kept_in_order_and_in_the_state_until_it_has():
+    narrow = Narrow()
+    clock, line = HandClock(), Line()
+    uart = Uart16550(clock, line, narrow)
+    narrow.room = 2
+    for value in b"abcd":
+        uart.outb(DATA, value)
+    assert (narrow.shown, uart.unsent) == (b"ab", b"cd")
+    copy = Uart16550(clock, line, Narrow())
+    restore(copy, save(uart))
+    assert copy.unsent == b"cd"
+    narrow.room = 1
+    uart.send()
+    assert (narrow.shown, uart.unsent) == (b"abc", b"d")
+    narrow.room = 9
+    uart.outb(DATA, ord("e"))
+    assert (narrow.shown, uart.unsent) == (b"abcde", b"")
+
+
 @unhurried
 @given(st.binary(max_size=60), steps)
 def test_the_line_is_high_exactly_while_iir_names_a_source(script, actions):

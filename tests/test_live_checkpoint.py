@@ -435,7 +435,7 @@ def test_a_restore_that_takes_its_time_shows_how_far_it_is_on_a_terminal_only(mo
     screen = Screen(terminal)
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(mini_bhyve.__main__, "PATIENCE", patience)
+    monkeypatch.setattr(mini_bhyve.__main__, "PROGRESS_AFTER", patience)
     mini_bhyve.__main__.await_verification(ChildTask("verify vm.ckp", work))
     shown = screen.getvalue()
     assert ("verify vm.ckp" in shown and "%" in shown) == (terminal and patience < 1)
@@ -449,6 +449,6 @@ def test_a_restore_that_finds_damage_after_a_while_says_so(monkeypatch):
         raise SnapshotError("vm.ckp is damaged")
 
     monkeypatch.setattr(sys, "stderr", Screen(True))
-    monkeypatch.setattr(mini_bhyve.__main__, "PATIENCE", 0.05)
+    monkeypatch.setattr(mini_bhyve.__main__, "PROGRESS_AFTER", 0.05)
     with pytest.raises(SnapshotError, match="^vm.ckp is damaged$"):
         mini_bhyve.__main__.await_verification(ChildTask("verify vm.ckp", work))

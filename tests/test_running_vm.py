@@ -284,7 +284,7 @@ def test_a_shell_that_reads_a_file_prints_the_same_whether_it_is_left_alone_or_a
 
     alone = run_shell(run_dir, tmp_path / "typed", lambda path: time.sleep(0.01))
     asked = run_shell(run_dir, tmp_path / "typed", ask)
-    assert len({answer["instructions"] for answer in answers}) > 2
+    assert len({answer["instructions"] for answer in answers}) > 1
     assert alone == asked
     console, errors, code = alone
     assert code == HALT and re.fullmatch(rb"vm: halted with interrupts off at [0-9a-f:]+\n", errors)
