@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_bhyve.devices import Pic
+from mini_bhyve.snapshot_state import restore_state, save_state
 from mini_bhyve.uart import Uart16550
 
 MILLISECOND = 10**6
@@ -455,6 +456,29 @@ def test_a_restored_uart_goes_on_as_the_saved_one_does(script, before, after):
         assert take(copy.uart, copy.clock, step) == take(bench.uart, bench.clock, step)
     assert copy.irq.levels == bench.irq.levels
     assert copy.terminal.shown == bench.terminal.shown and copy.terminal.script == bench.terminal.script
+
+
+def test_the_last_4_kb_that_the_guest_sent_are_in_a_snapshot_and_loopback_sends_nothing():
+    bench, copy = Bench(), Bench()
+    sent = b"".join(b"line %d\r\n" % number for number in range(1000))
+    for byte in sent:
+        bench.uart.outb(DATA, byte)
+    bench.uart.outb(MCR, 0x10)
+    bench.uart.outb(DATA, 0x21)
+    restore(copy.uart, save(bench.uart))
+    bench.uart.outb(MCR, 0)
+    bench.uart.outb(DATA, 0x22)
+    copy.uart.outb(MCR, 0)
+    copy.uart.outb(DATA, 0x22)
+    assert save(copy.uart)["printed"] == save(bench.uart)["printed"] == (sent + b"\x22")[-4096:]
+
+
+def test_a_snapshot_from_before_the_output_was_kept_is_restored_without_any():
+    fields = save_state(Bench(fifo=0x01).uart)
+    del fields["printed"]
+    copy = Bench()
+    restore_state(copy.uart, fields)
+    assert save_state(copy.uart) == {**fields, "printed": b""}
 
 
 @unhurried
