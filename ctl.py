@@ -8,17 +8,21 @@ standard error says why. Every command has two spellings, ours and bhyvectl's::
     python ctl.py regs vm                       python ctl.py --vm=vm --get-rip --get-cr3
 
 With bhyvectl's spelling, registers come out in bhyvectl's format too, so that scripts made for it can read them.
+
+Two commands are for VMs that do not run, and bhyvectl has nothing like them: ``inspect`` looks at a snapshot, ``diff``
+compares two (:mod:`mini_bhyve.stopped_vm`, :mod:`mini_bhyve.snapshot_diff`).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, Callable, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
 
 from mini_bhyve.ipc import (
     REPLY_TIMEOUT,
@@ -34,6 +38,13 @@ from mini_bhyve.ipc import (
     socket_path,
     vm_names,
 )
+from mini_bhyve.snapshot_state import SnapshotError
+
+if TYPE_CHECKING:  # rich takes longer to load than a VM to answer, so whoever needs it imports it
+    from rich.console import Console
+    from rich.table import Table
+
+    from mini_bhyve.memory_picture import MemoryPicture
 
 LIST_TIMEOUT = 1.0  # seconds; a VM that is busy with a snapshot must not hold up the list
 
@@ -157,6 +168,10 @@ def show_status(status: dict[str, Any]) -> None:
         "snapshots": "yes" if status["snapshot"] else "switched off",
         "process": status["pid"],
     }
+    show_rows(rows)
+
+
+def show_rows(rows: dict[str, Any]) -> None:
     for label, value in rows.items():
         print(f"{label:14}{value}")
 
@@ -203,7 +218,6 @@ def show_list(vms: list[dict[str, Any]], run_dir: str) -> None:
     if not vms:
         print(f"there are no VMs in {run_dir}")
         return
-    from rich.console import Console  # here, for it takes longer to load than a VM to answer
     from rich.table import Table
 
     table = Table("name", "state", "mode", "memory", "CPUs", "virtual time", "process", box=None, pad_edge=False)
@@ -213,9 +227,181 @@ def show_list(vms: list[dict[str, Any]], run_dir: str) -> None:
         else:
             memory, seconds = f"{vm['memory'] / (1 << 20):g} MB", f"{vm['time_ns'] / 1e9:.3f} s"
             table.add_row(vm["name"], vm["state"], vm["mode"], memory, str(vm["ncpus"]), seconds, str(vm["pid"]))
-    # A terminal has a width to keep to; what a pipe takes must not be folded.
-    width = None if sys.stdout.isatty() else 1000
-    Console(markup=False, highlight=False, emoji=False, width=width).print(table)
+    show_table(table)
+
+
+def show_table(table: Table) -> None:
+    console = rich_console()
+    with console.capture() as drawn:
+        console.print(table)
+    for line in drawn.get().splitlines():
+        print(line.rstrip())
+
+
+def rich_console() -> Console:
+    """Standard output. A terminal has a width to keep to; what a pipe takes must not be folded."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
+
+
+# --- what a snapshot tells of a VM that does not run -----------------------------------------------------------------
+
+SHORT = 16  # bytes, of a field that has more, are shown; --json has all of them
+MAX_RANGES = 16  # of pages, are listed; likewise
+PRINTED_LINES = 16  # of the console's last, are shown; likewise
+
+
+def inspect(file: str) -> dict[str, Any]:
+    from mini_bhyve.stopped_vm import StoppedVm
+
+    return StoppedVm(file).report()
+
+
+def diff(before: str, after: str, svg: str | None) -> dict[str, Any]:
+    from mini_bhyve.snapshot_diff import compare
+    from mini_bhyve.stopped_vm import StoppedVm
+
+    report = compare(StoppedVm(before), StoppedVm(after))
+    if svg is not None:
+        title = f"Memory: {os.path.basename(before):.40} and {os.path.basename(after):.40}"
+        with open(svg, "w", encoding="utf-8") as file:
+            file.write(picture_of(report, "changed").svg(title, pages_told(report, "changed", "differ")))
+    return report
+
+
+def show_inspection(report: dict[str, Any]) -> None:
+    show_rows(
+        {
+            "name": visible(report["name"]),
+            "state": f"{report['state']} when it was saved",
+            "mode": report["mode"],
+            "memory": f"{report['memory'] / (1 << 20):g} MB",
+            "CPUs": report["ncpus"],
+            "instructions": f"{report['instructions']:,}",
+            "virtual time": f"{report['time_ns'] / 1e9:.6f} s",
+        }
+    )
+    for disk in report["disks"]:
+        print(f"{'disk':14}" + ", ".join(f"{visible(name)} {visible(str(value))}" for name, value in disk.items()))
+    print()
+    show_registers(report["registers"])
+    print()
+    for area in report["memory_map"]:
+        print(f"{area['first']:08x}-{area['last']:08x}  {visible(area['what'])}")
+    print()
+    show_pages(report, "used", "in use")
+    print()
+    show_devices(report["devices"])
+    lines = report["printed"].splitlines()
+    print("\nthe guest printed last:" if lines else "\nthe guest has printed nothing")
+    for line in lines[-PRINTED_LINES:]:
+        print(f"    {visible(line)}")
+
+
+def show_devices(devices: dict[str, dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table("device", "state", box=None, pad_edge=False)
+    for name, fields in devices.items():
+        table.add_row(visible(name), "  ".join(f"{field}={readable(value)}" for field, value in fields.items()))
+    show_table(table)
+
+
+def show_diff(report: dict[str, Any], svg: str | None) -> None:
+    from rich.table import Table
+
+    table = Table("", "before", "after", box=None, pad_edge=False)
+    parts = {"": (report["vm"], plain), "disk ": (report["disks"], plain), "register ": (report["registers"], readable)}
+    parts.update({f"{name} ": (fields, readable) for name, fields in report["devices"].items()})
+    for part, (fields, show) in parts.items():
+        for name, sides in fields.items():
+            start = first_difference(sides)
+            values = (show(sides[side], start) if side in sides else "not there" for side in ("before", "after"))
+            table.add_row(visible(part + name), *values)
+    if table.row_count:
+        show_table(table)
+        print()
+    if "memory" in report["vm"]:
+        print("one has more memory than the other; compared is what both have")
+    show_pages(report, "changed", "differ")
+    if svg is not None:
+        print(f"the picture is also in {visible(svg)}")
+
+
+def show_pages(report: dict[str, Any], which: str, verb: str) -> None:
+    """The pages of a report that are "used" or "changed": how many, in a picture, and which."""
+    print(pages_told(report, which, verb))
+    spans = report[which]
+    if not spans:
+        return
+    from mini_bhyve.memory_picture import ASCII_SHADES, SHADES
+
+    picture = picture_of(report, which)
+    shades = ASCII_SHADES if rich_console().options.ascii_only else SHADES
+    for line in [*picture.lines(shades), picture.legend(shades)]:
+        print(line)
+    for first, last in spans[:MAX_RANGES]:
+        print(f"{first << 12:08x}-{(last + 1 << 12) - 1:08x}  {plural(last - first + 1, 'page')}")
+    if len(spans) > MAX_RANGES:
+        print(f"and {len(spans) - MAX_RANGES} more such ranges, which --json lists")
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
+def pages_told(report: dict[str, Any], which: str, verb: str) -> str:
+    return f"{report[which + '_pages']:,} of {report['pages']:,} pages {verb}, of 4 KB each"
+
+
+def picture_of(report: dict[str, Any], which: str) -> MemoryPicture:
+    from mini_bhyve.memory_picture import MemoryPicture
+
+    return MemoryPicture(report["pages"], [range(first, last + 1) for first, last in report[which]])
+
+
+def plain(value: Any, start: int = 0) -> str:
+    """A number as people write it, or a text."""
+    return f"{value:,}" if isinstance(value, int) else visible(str(value))
+
+
+def readable(value: Any, start: int = 0) -> str:
+    """The value of a field in a few characters; of bytes, those from `start` on."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:#x}"
+    if isinstance(value, list):
+        return ", ".join(map(readable, value)) or "empty"
+    if isinstance(value, bytes):
+        return (f"+{start:#x}: " if start else "") + readable_bytes(value[start:])
+    return visible(str(value))
+
+
+def readable_bytes(data: bytes) -> str:
+    if not data:
+        return "empty"
+    if len(data) > SHORT and not any(data):
+        return f"{len(data)} zeros"
+    is_text = all(0x20 <= byte < 0x7F or byte in b"\r\n\t" for byte in data)
+    shown = visible(data[:SHORT].decode()) if is_text else data[:SHORT].hex()
+    return shown if len(data) <= SHORT else f"{shown}... ({len(data)} bytes)"
+
+
+def visible(text: str) -> str:
+    """Text from elsewhere as a terminal may have it: what is not printable, as Python would write it."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def first_difference(sides: Mapping[str, Any]) -> int:
+    """Where two strings of bytes begin to differ; 0 for all else."""
+    values = list(sides.values())
+    if len(values) == 2 and all(isinstance(value, bytes) for value in values):
+        return len(os.path.commonprefix(values))
+    return 0
 
 
 # --- what a VM is made to do -----------------------------------------------------------------------------------------
@@ -313,6 +499,16 @@ def build_parser() -> argparse.ArgumentParser:
             )
         if action.opcode == IpcOpcode.INJECT_NMI:
             added.add_argument("--cpu", type=cpu_number, default=0, metavar="N", help="virtual CPU N (default: 0)")
+    looked_at = add(
+        "inspect",
+        "look at a snapshot without starting it: registers, memory, devices, what the guest printed last",
+        vm=False,
+    )
+    looked_at.add_argument("file", metavar="FILE", help="the snapshot's name, without .kern or .meta")
+    compared = add("diff", "tell what differs between two snapshots, and which pages of memory", vm=False)
+    compared.add_argument("file", metavar="BEFORE", help="a snapshot's name, without .kern or .meta")
+    compared.add_argument("after", metavar="AFTER", help="another one's")
+    compared.add_argument("--svg", metavar="OUT.svg", help="draw the changed pages into this file, too")
     return parser
 
 
@@ -349,21 +545,29 @@ def build_bhyvectl_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Do what our own command line says."""
-    run_dir = run_dir_for(args.rundir)
     result: Any
     show: Callable[[Any], None]
-    if args.command == "list":
-        result, show = list_vms(run_dir), functools.partial(show_list, run_dir=run_dir)
-    elif args.command == "status":
-        result, show = ask(socket_path(run_dir, args.vm), IpcOpcode.STATUS, STATUS_FIELDS), show_status
-    elif args.command == "regs":
-        result, show = ask(socket_path(run_dir, args.vm), IpcOpcode.REGS, REGISTER_FIELDS, args.cpu), show_registers
+    if args.command == "inspect":
+        result, show = inspect(args.file), show_inspection
+    elif args.command == "diff":
+        result, show = diff(args.file, args.after, args.svg), functools.partial(show_diff, svg=args.svg)
     else:
-        result, show = perform(args.command, run_dir, args.vm, args.file, args.cpu), show_done
+        result, show = talk(args, run_dir_for(args.rundir))
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result, indent=2, default=bytes.hex))
     else:
         show(result)
+
+
+def talk(args: argparse.Namespace, run_dir: str) -> tuple[Any, Callable[[Any], None]]:
+    """Do what is to be done with a running VM: what came of it, and how that is shown."""
+    if args.command == "list":
+        return list_vms(run_dir), functools.partial(show_list, run_dir=run_dir)
+    if args.command == "status":
+        return ask(socket_path(run_dir, args.vm), IpcOpcode.STATUS, STATUS_FIELDS), show_status
+    if args.command == "regs":
+        return ask(socket_path(run_dir, args.vm), IpcOpcode.REGS, REGISTER_FIELDS, args.cpu), show_registers
+    return perform(args.command, run_dir, args.vm, args.file, args.cpu), show_done
 
 
 def run_as_bhyvectl(args: argparse.Namespace) -> None:
@@ -400,7 +604,7 @@ def main(argv: list[str]) -> int:
             run(build_parser().parse_args(argv))
         sys.stdout.flush()
         return 0
-    except IpcError as error:
+    except (IpcError, SnapshotError) as error:
         sentence = str(error)
     except BrokenPipeError:
         # Whoever read it has seen enough. Python would try to write the rest once more at the end, and complain.
@@ -415,4 +619,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without some character gets it escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))
