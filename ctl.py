@@ -16,12 +16,14 @@ compares two (:mod:`mini_bhyve.stopped_vm`, :mod:`mini_bhyve.snapshot_diff`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
 
 from mini_bhyve.ipc import (
@@ -47,6 +49,10 @@ if TYPE_CHECKING:  # rich takes longer to load than a VM to answer, so whoever n
     from mini_bhyve.memory_picture import MemoryPicture
 
 LIST_TIMEOUT = 1.0  # seconds; a VM that is busy with a snapshot must not hold up the list
+
+# Seconds: a snapshot that takes longer than the first is asked after, again and again.
+PROGRESS_AFTER = 1.0
+PROGRESS_INTERVAL = 0.2
 
 
 class Action(NamedTuple):
@@ -154,6 +160,25 @@ def message_for(opcode: IpcOpcode, cpu: int) -> IpcMessage:
     return message
 
 
+class Progress(NamedTuple):
+    """How far a VM is with a snapshot that it writes."""
+
+    file: str
+    done: int  # bytes
+    total: int
+
+    @classmethod
+    def of(cls, status: dict[str, Any]) -> Progress | None:
+        """What an answer to STATUS tells of it; None if no snapshot is being written."""
+        file, done, total = (status.get(f"snapshot_{name}") for name in cls._fields)
+        if isinstance(file, str) and isinstance(done, int) and isinstance(total, int):
+            return cls(file, done, total)
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.done >> 20} of {self.total >> 20} MB to {visible(self.file)}"
+
+
 def show_status(status: dict[str, Any]) -> None:
     rows = {
         "name": status["name"],
@@ -168,6 +193,9 @@ def show_status(status: dict[str, Any]) -> None:
         "snapshots": "yes" if status["snapshot"] else "switched off",
         "process": status["pid"],
     }
+    progress = Progress.of(status)
+    if progress:
+        rows["writing"] = progress
     show_rows(rows)
 
 
@@ -415,6 +443,60 @@ def absolute(file: str) -> str:
         raise IpcError("the current directory no longer exists; give the snapshot an absolute name") from None
 
 
+@contextlib.contextmanager
+def progress_shown(path: str) -> Iterator[None]:
+    """Meanwhile, show how far the VM is with its snapshot: to somebody at a terminal, and if it takes long."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    over = threading.Event()
+    watcher = threading.Thread(target=show_progress, args=(path, over))
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def show_progress(path: str, over: threading.Event) -> None:
+    """Draw a bar until it is `over`. A VM that does not answer while it writes is not asked again."""
+    if over.wait(PROGRESS_AFTER):
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = progress.BarColumn(), progress.TextColumn("{task.description}", markup=False)
+    bar = progress.Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+    try:
+        while not over.wait(PROGRESS_INTERVAL):
+            written = Progress.of(send_message(path, message_for(IpcOpcode.STATUS, 0), LIST_TIMEOUT))
+            if written:
+                task = bar.task_ids[0] if bar.tasks else bar.add_task("")
+                bar.update(task, description=str(written), completed=written.done, total=written.total, refresh=True)
+                bar.start()
+    except IpcError:
+        pass
+    finally:
+        bar.stop()
+
+
+def interrupted(path: str, file: str) -> str:
+    """What became of a request for a snapshot whose answer the user does not wait for."""
+    vm = os.path.basename(path)
+    try:
+        written = Progress.of(send_message(path, message_for(IpcOpcode.STATUS, 0), LIST_TIMEOUT))
+    except IpcError:
+        if not is_alive(path):
+            return f"VM {vm!r}, which was asked for a snapshot to {file}, has ended"
+    else:
+        if not written:
+            return f"VM {vm!r} is not writing a snapshot (any more)"
+        if written.file == file:
+            return f"VM {vm!r} goes on writing the snapshot, so far {written}: `ctl.py status {vm}` tells"
+    return f"VM {vm!r} was asked for a snapshot to {file} and may still be writing it: `ctl.py status {vm}` tells"
+
+
 def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: int = 0) -> dict[str, Any]:
     """Carry out one of the ACTIONS, and wait until it is done; what was done. Raises IpcError if it was not."""
     path = socket_path(run_dir, vm)
@@ -423,7 +505,11 @@ def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: i
     if action.opcode in TAKES_FILENAME:
         # A relative name is relative to where the user is, not to where the VM was started.
         result["file"] = absolute(f"{vm}.ckp" if file is None else file)
-        snapshot_request(path, result["file"], action.opcode)
+        try:
+            with progress_shown(path):
+                snapshot_request(path, result["file"], action.opcode)
+        except KeyboardInterrupt:
+            raise IpcError(f"interrupted; {interrupted(path, result['file'])}") from None
     elif action.opcode == IpcOpcode.DESTROY and remove_dead_socket(path):
         result["done"] = f"VM {vm!r} was dead, and its socket {path} is removed"
         return result
@@ -613,7 +699,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         sentence = f"{error.filename or 'cannot go on'}: {error.strerror}"
     except KeyboardInterrupt:
-        sentence = "interrupted; what the VM was asked to do, it may still do"
+        sentence = "interrupted; what a VM was asked to do, it may still do"
     print(f"ctl.py: {sentence}", file=sys.stderr)
     return 1
 
