@@ -321,9 +321,14 @@ def show_inspection(report: dict[str, Any]) -> None:
     show_pages(report, "used", "in use")
     print()
     show_devices(report["devices"])
-    lines = report["printed"].splitlines()
-    print("\nthe guest printed last:" if lines else "\nthe guest has printed nothing")
-    for line in lines[-PRINTED_LINES:]:
+    show_printed(report["printed"])
+
+
+def show_printed(printed: str | None) -> None:
+    if printed is None:
+        return print("\nwhat the guest printed is not in this snapshot")
+    print("\nthe guest printed last:" if printed else "\nthe guest has printed nothing")
+    for line in printed.splitlines()[-PRINTED_LINES:]:
         print(f"    {visible(line)}")
 
 
@@ -332,7 +337,8 @@ def show_devices(devices: dict[str, dict[str, Any]]) -> None:
 
     table = Table("device", "state", box=None, pad_edge=False)
     for name, fields in devices.items():
-        table.add_row(visible(name), "  ".join(f"{field}={readable(value)}" for field, value in fields.items()))
+        state = "  ".join(f"{visible(field)}={readable(value)}" for field, value in fields.items())
+        table.add_row(visible(name), state)
     show_table(table)
 
 
@@ -491,7 +497,7 @@ def interrupted(path: str, file: str) -> str:
             return f"VM {vm!r}, which was asked for a snapshot to {file}, has ended"
     else:
         if not written:
-            return f"VM {vm!r} is not writing a snapshot (any more)"
+            return f"VM {vm!r} is not writing a snapshot: it has finished, or not begun"
         if written.file == file:
             return f"VM {vm!r} goes on writing the snapshot, so far {written}: `ctl.py status {vm}` tells"
     return f"VM {vm!r} was asked for a snapshot to {file} and may still be writing it: `ctl.py status {vm}` tells"

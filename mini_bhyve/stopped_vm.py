@@ -84,10 +84,10 @@ class StoppedVm:
         with explained("read", self.snapshot.path):
             return used_pages(self.snapshot.ram_file.fileno(), self.memory.size)
 
-    def printed(self) -> str:
-        """The end of what the guest has sent to the serial port."""
-        printed = self.snapshot.devices.get("uart-com1", {}).get("printed", b"")
-        return printed.decode("utf-8", "backslashreplace") if isinstance(printed, bytes) else ""
+    def printed(self) -> str | None:
+        """The end of what the guest has sent to the serial port; None if the snapshot is older than that is kept."""
+        printed = self.snapshot.devices.get("uart-com1", {}).get("printed")
+        return printed.decode("utf-8", "backslashreplace") if isinstance(printed, bytes) else None
 
     def report(self) -> dict[str, Any]:
         """All of this, as numbers, text, bytes, lists and dictionaries."""

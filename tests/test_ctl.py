@@ -325,7 +325,7 @@ def test_an_interrupted_request_to_a_vm_that_does_not_answer_says_that_it_may_st
 
 def test_what_became_of_an_interrupted_request_is_told_also_if_nothing_is_being_written(run_dir, vm):
     path = os.path.join(run_dir, "vm")
-    assert ctl.interrupted(path, "/vm.ckp") == "VM 'vm' is not writing a snapshot (any more)"
+    assert ctl.interrupted(path, "/vm.ckp") == "VM 'vm' is not writing a snapshot: it has finished, or not begun"
     vm.kill()
     vm.wait()
     assert ctl.interrupted(path, "/vm.ckp") == "VM 'vm', which was asked for a snapshot to /vm.ckp, has ended"

@@ -122,6 +122,16 @@ def test_what_a_guest_printed_to_trick_a_terminal_is_shown_and_not_obeyed(run, t
     assert out.endswith("last:\n    \\x1b]0;title\\x07\\x9b2J\n    é\n")
 
 
+@pytest.mark.parametrize(
+    "printed, sentence",
+    [({"printed": b""}, "the guest has printed nothing"), ({}, "what the guest printed is not in this snapshot")],
+)
+def test_a_guest_that_printed_nothing_is_told_from_a_snapshot_that_does_not_keep_it(run, tmp_path, printed, sentence):
+    machine = boot("counter")
+    machine.devices = lambda: [Part("uart-com1", printed)]
+    assert run("inspect", save(machine, tmp_path / "vm.ckp"))[1].endswith(f"\n{sentence}\n")
+
+
 def test_the_memory_map_tells_of_ram_rom_and_the_pages_of_devices(tmp_path, run):
     (tmp_path / "rom").write_bytes(bytes.fromhex("ebfe").ljust(0x20000, b"\x90"))
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
