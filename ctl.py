@@ -513,20 +513,24 @@ def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: i
         result["file"] = absolute(f"{vm}.ckp" if file is None else file)
         try:
             with progress_shown(path):
-                snapshot_request(path, result["file"], action.opcode)
+                reply = snapshot_request(path, result["file"], action.opcode)
         except KeyboardInterrupt:
             raise IpcError(f"interrupted; {interrupted(path, result['file'])}") from None
     elif action.opcode == IpcOpcode.DESTROY and remove_dead_socket(path):
         result["done"] = f"VM {vm!r} was dead, and its socket {path} is removed"
         return result
     else:
-        send_message(path, message_for(action.opcode, cpu))
+        reply = send_message(path, message_for(action.opcode, cpu))
     result["done"] = action.done.format(cpu=cpu, **result)
+    if "warning" in reply:
+        result["warning"] = str(reply["warning"])
     return result
 
 
 def show_done(result: dict[str, Any]) -> None:
     print(result["done"])
+    if "warning" in result:
+        print(f"ctl.py: {result['warning']}", file=sys.stderr)
 
 
 # --- the command lines -----------------------------------------------------------------------------------------------

@@ -263,6 +263,14 @@ def test_without_anything_to_do_bhyvectl_only_says_whether_there_is_such_a_vm(ru
     assert (status, out) == (1, "") and "there is no VM named 'none'" in err
 
 
+def test_what_a_vm_warns_of_is_told_beside_what_it_has_done(run, run_dir):
+    commands = {ipc.IpcOpcode.START_CHECKPOINT: lambda message: {"warning": "it stood still"}}
+    with contextlib.closing(ipc.init_ipc("vm", run_dir, commands)):
+        done = "a snapshot of VM 'vm' is written to /vm.ckp"
+        assert run("checkpoint", "vm", "/vm.ckp") == (0, f"{done}\n", "ctl.py: it stood still\n")
+        assert json.loads(run("checkpoint", "vm", "/vm.ckp", "--json")[1])["warning"] == "it stood still"
+
+
 # --- a snapshot that takes long --------------------------------------------------------------------------------------
 
 
