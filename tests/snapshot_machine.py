@@ -2,7 +2,7 @@
 
 import mmap
 
-from mini_bhyve.snapshot import init_snapshot
+from mini_bhyve.snapshot import init_snapshot, load_snapshot, vm_checkpoint
 from mini_bhyve.snapshot_state import save_state
 
 PAGE = 4096
@@ -88,3 +88,16 @@ def whole(snapshot):
 OLD = machine(b"old" * 100, 1)
 NEW = machine(b"newer" * 100, 2)
 COMPLETE = ["vm.ckp", "vm.ckp.kern", "vm.ckp.meta"]
+
+
+# How the tests of whole machines save one, and how they read and check what was saved.
+
+
+def checkpoint(vm, path, stop_vm=False):
+    """Save a machine that does not run, wholly, as the snapshot `path`."""
+    vm_checkpoint(vm, str(path), stop_vm)
+
+
+def load_and_check(path):
+    """Read a snapshot, and check all of it."""
+    return load_snapshot(str(path))
