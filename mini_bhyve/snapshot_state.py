@@ -142,10 +142,19 @@ def save_state(part: Snapshottable) -> dict[str, Any]:
 
 
 def restore_state(part: Snapshottable, fields: dict[str, Any]) -> None:
-    """Give a device the fields that save_state() returned. SnapshotError if they are not of its kind."""
+    """Give a device the fields that save_state() returned. SnapshotError if they are not of its kind.
+
+    Or if it cannot hold one of them as it is: bits of a register that it does not have would be lost unnoticed.
+    """
     state = State(part.name, fields)
     _exchange_all(part, state, "the state in the snapshot makes no sense")
     state.finish()
+    held = save_state(part)
+    for name, value in fields.items():
+        if held[name] != value:
+            raise SnapshotError(
+                f"{part.name}: {name} is {value!r:.80} in the snapshot, of which is left {held[name]!r:.80}"
+            )
 
 
 def _exchange_all(part: Snapshottable, state: State, nonsense: str) -> None:

@@ -120,6 +120,19 @@ def test_a_value_that_the_device_itself_turns_down_is_an_error_with_its_name():
         restore_state(Picky(), {"index": 2})
 
 
+def test_a_value_of_which_the_device_keeps_only_a_part_is_refused():
+    class Narrow:
+        name = "narrow"
+        bits = 0
+
+        def snapshot(self, state):
+            self.bits = state.u8("bits", self.bits) & 0x0F
+
+    restore_state(Narrow(), {"bits": 0x0F})
+    with pytest.raises(SnapshotError, match="narrow: bits is 17 in the snapshot, of which is left 1"):
+        restore_state(Narrow(), {"bits": 0x11})
+
+
 def test_a_device_that_turns_down_its_own_state_is_not_saved():
     device = Timer("vatpit")
     device.snapshot = lambda state: ("a", "b")[state.u8("index", 2)]
