@@ -105,6 +105,16 @@ def test_a_field_that_nobody_asks_for_is_refused():
         restore_state(Timer("vatpit"), {"shape": 1, "colour": 2})
 
 
+def test_neither_what_was_saved_nor_what_is_restored_changes_when_the_device_goes_on():
+    device, other = Timer("vatpit"), Timer("vatpit")
+    device.latches = [1, 2]
+    saved = save_state(device)
+    device.latches[0] = 3
+    restore_state(other, saved)
+    other.latches[1] = 4
+    assert saved["latches"] == [1, 2]
+
+
 def test_two_fields_of_one_name_are_refused():
     state = State("vatpit")
     state.u8("mode", 1)
@@ -121,6 +131,26 @@ def test_a_value_that_the_device_itself_turns_down_is_an_error_with_its_name():
 
     with pytest.raises(SnapshotError, match="picky: the state in the snapshot makes no sense"):
         restore_state(Picky(), {"index": 2})
+
+
+def test_a_value_of_which_the_device_keeps_only_a_part_is_refused():
+    class Narrow:
+        name = "narrow"
+        bits = 0
+
+        def snapshot(self, state):
+            self.bits = state.u8("bits", self.bits) & 0x0F
+
+    restore_state(Narrow(), {"bits": 0x0F})
+    with pytest.raises(SnapshotError, match="narrow: bits is 17 in the snapshot, of which is left 1"):
+        restore_state(Narrow(), {"bits": 0x11})
+
+
+def test_a_device_that_turns_down_its_own_state_is_not_saved():
+    device = Timer("vatpit")
+    device.snapshot = lambda state: ("a", "b")[state.u8("index", 2)]
+    with pytest.raises(SnapshotError, match="vatpit: its state makes no sense .*index out of range"):
+        save_state(device)
 
 
 # --- Pausing ----------------------------------------------------------------------------------------------------------
