@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, NoReturn
 
+from mini_bhyve.child import ChildTask
 from mini_bhyve.config import DISK_DEVICES, Config, ConfigError
 from mini_bhyve.console import Console, ConsoleError, open_console
 from mini_bhyve.disk import DiskError
@@ -255,22 +257,48 @@ def run_vm(config: Config, snapshot_path: str | None) -> int:
     with open_console(config.require("lpc.com1.path")) as console:
         choose_clock(config, console)
         machine = Machine(config, console, ram=snapshot.ram if snapshot else None)
+        verification = None
         if snapshot:
             snapshot.restore(machine)
+            verification = snapshot.begin_verification()
+            confirm = functools.partial(await_verification, verification)
+            machine.hold_back(confirm)
         else:
             machine.load()
         console.on_leave = lambda reason: machine.stop(ExitCode.POWEROFF, reason)
         machine.warn = lambda sentence: warn(console, f"{machine.name}: {sentence}")
         with signals_end(machine, console):
             # After the restore, as in bhyve: from here on the VM can be asked for a checkpoint.
-            server = init_ipc(machine.name, run_dir_for(config.get("rundir")), machine.commands())
+            first = machine.verification(verification) if verification else None
+            server = init_ipc(machine.name, run_dir_for(config.get("rundir")), machine.commands(), first)
             try:
                 console.start()
                 exit_code = machine.run()
             finally:
                 server.close()
+        if verification:
+            confirm()
     remark(console, f"{machine.name}: {machine.reason}")
     return exit_code
+
+
+PROGRESS_AFTER = 1.0  # seconds that something may take before its progress is shown
+
+
+def await_verification(verification: ChildTask) -> None:
+    """Wait until it is known whether the snapshot is whole, and on a terminal show how far it is if that takes long.
+
+    Raises SnapshotError if it is not whole.
+    """
+    if not verification.wait(PROGRESS_AFTER) and sys.stderr.isatty():
+        from rich.console import Console as Screen  # here, for it takes longer to load than most VMs to start
+        from rich.progress import Progress
+
+        with Progress(console=Screen(stderr=True), transient=True) as progress:
+            bar = progress.add_task(verification.what, total=None)
+            while not verification.wait(0.1):
+                progress.update(bar, completed=verification.done, total=verification.total or None)
+    verification.check()
 
 
 def remark(console: Console, sentence: str, patience: float = LAST_WORD_TIMEOUT) -> None:

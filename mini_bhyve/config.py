@@ -113,6 +113,9 @@ VARIABLES = {
         "what a halted guest waits for: its next event at once (virtual), or as long as it takes (wall); "
         "auto is wall on a terminal or with x86.vmexit_on_hlt",
     ),
+    "restore.changed_disks": Variable(
+        boolean, "false", "whether to go on from a snapshot though a disk has other contents than it had then"
+    ),
     "config.dump": Variable(boolean, "false", "print all variables and exit"),
     "x86.strictio": Variable(boolean, "false", "whether access to a port that no device claims ends the VM"),
     "x86.vmexit_on_hlt": Variable(boolean, "false", "whether a halted vCPU gives up the host's CPU"),

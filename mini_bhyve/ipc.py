@@ -60,7 +60,6 @@ import sys
 import tempfile
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable, Protocol, Union, runtime_checkable
@@ -429,7 +428,6 @@ class IpcServer:
         self._outlet = _new_socket()  # has no name: should an answer come to a VM, nobody answers that for ever
         self._knock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._knock.connect(path)  # to wake the thread later, when the name may be gone already
-        _servers.add(self)
         self._thread = threading.Thread(target=ipc_thread, args=(self,), name="ipc", daemon=True)
         self._thread.start()
 
@@ -440,11 +438,6 @@ class IpcServer:
             self._knock.send(b"", socket.MSG_DONTWAIT)
         self._thread.join()
         self._knock.close()
-
-    def leave_to_parent(self) -> None:
-        """This is a process that the VM has forked: to the world, the socket is open only as long as the VM lives."""
-        for end in (self.socket, self._outlet, self._knock):
-            end.close()
 
     def unlink(self) -> None:
         """Take the name out of the directory, unless somebody else has it by now."""
@@ -552,18 +545,6 @@ class IpcServer:
             except PermissionError:
                 # On Linux, a sender who is connected to our socket takes nothing from another.
                 self.socket.sendto(packed, socket.MSG_DONTWAIT, sender)
-
-
-#: The servers of this process, for processes that it forks: `leave_to_parent`.
-_servers: weakref.WeakSet[IpcServer] = weakref.WeakSet()
-
-
-def _leave_sockets_to_parent() -> None:
-    for server in _servers:
-        server.leave_to_parent()
-
-
-os.register_at_fork(after_in_child=_leave_sockets_to_parent)
 
 
 def _new_socket() -> socket.socket:

@@ -98,6 +98,8 @@ class Uart16550(Device):
         self.clock = clock
         self.set_irq = set_irq
         self.console = console
+        # Called before each byte that goes out; while it is not known whether the guest may go on, it waits.
+        self.before_output: Callable[[], None] = lambda: None
         self.base = base
         self.ports = range(base, base + 8)
         self.name = name
@@ -233,6 +235,7 @@ class Uart16550(Device):
 
     def send(self, data: bytes = b"") -> None:
         """To the console, behind what it has not had room for yet."""
+        self.before_output()
         self.unsent = self.console.write(self.unsent + data) or b""
 
     def _write_fcr(self, value: int) -> None:

@@ -266,15 +266,12 @@ def test_a_command_that_only_looks_has_no_time_to_take(run_dir, serve, ask, slow
 # --- Processes that a handler forks -----------------------------------------------------------------------------------
 
 FORKING_VM = """
-import os, sys, time
+import sys, time
+from mini_bhyve.child import ChildTask
 from mini_bhyve.ipc import IpcOpcode, init_ipc
 
 def fork(message):
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-        os._exit(0)
-    return {"child": child}
+    return {"child": ChildTask("wait", lambda tell: time.sleep(60))._pid}
 
 init_ipc("vm", sys.argv[1], {IpcOpcode.START_CHECKPOINT: fork})
 print("ready", flush=True)
