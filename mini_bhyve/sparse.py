@@ -73,7 +73,8 @@ def chunks_of_file(descriptor: int, size: int) -> Iterator[tuple[int, bytes]]:
     """Place and contents of each chunk of a file that is not all hole. OSError if the file is shorter than `size`."""
     place = 0
     while True:
-        place = _next_data(descriptor, place) // CHUNK_SIZE * CHUNK_SIZE
+        # Not back to the last chunk, if that ends before it is full.
+        place = max(place, _next_data(descriptor, place) // CHUNK_SIZE * CHUNK_SIZE)
         if place >= size:
             return
         length = min(CHUNK_SIZE, size - place)

@@ -5,6 +5,7 @@ Section and table names are those of the PC16550D data sheet.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Callable, Protocol
 
 from mini_bhyve.devices import MILLISECOND, SECOND, Clock, Device
@@ -60,6 +61,7 @@ MSR_DELTAS = 0x0F  # DCTS, DDSR, TERI, DDCD: which of them changed since MSR was
 UART_HZ = 1843200  # crystal of a PC's serial port
 FIFO_SIZE = 16
 CONSOLE_INTERVAL = MILLISECOND  # how often the console is asked for input
+PRINTED_SIZE = 4096  # of what the guest has sent, so many bytes are kept: some fifty lines
 
 
 class Console(Protocol):
@@ -109,6 +111,8 @@ class Uart16550(Device):
         self.msr = MSR_DCD | MSR_DSR | MSR_CTS
         self.received = b""  # the receive FIFO, oldest byte first
         self.unsent = b""
+        # The end of what went out on the line. No part of the chip: it is for those who look at a snapshot.
+        self.printed: deque[int] = deque(maxlen=PRINTED_SIZE)
         self.overrun = False
         self.thr_empty_pending = False  # the interrupt; THR itself is always empty
         self.timeout_pending = False
@@ -224,6 +228,7 @@ class Uart16550(Device):
         self.thr_empty_pending = False
         self._update_irq()
         if not self.mcr & MCR_LOOP:
+            self.printed.append(value)
             self.send(bytes([value]))
         elif self._room():
             self._receive(bytes([value]), self.clock.now)
@@ -319,6 +324,7 @@ class Uart16550(Device):
         self.scr = state.u8("scr", self.scr)
         self.received = state.data("received", self.received)
         self.unsent = state.data("unsent", self.unsent)
+        self.printed = deque(state.data("printed", bytes(self.printed)), PRINTED_SIZE)
         self.overrun = state.flag("overrun", self.overrun)
         self.thr_empty_pending = state.flag("thr_empty_pending", self.thr_empty_pending)
         self.timeout_pending = state.flag("timeout_pending", self.timeout_pending)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_bhyve.devices import Pic
+from mini_bhyve.snapshot_state import restore_state, save_state
 from mini_bhyve.uart import Uart16550
 
 MILLISECOND = 10**6
@@ -486,6 +487,29 @@ def test_what_the_console_has_no_room_for_is_kept_in_order_and_in_the_state_unti
     narrow.room = 9
     uart.outb(DATA, ord("e"))
     assert (narrow.shown, uart.unsent) == (b"abcde", b"")
+
+
+def test_the_last_4_kb_that_the_guest_sent_are_in_a_snapshot_and_loopback_sends_nothing():
+    bench, copy = Bench(), Bench()
+    sent = b"".join(b"line %d\r\n" % number for number in range(1000))
+    for byte in sent:
+        bench.uart.outb(DATA, byte)
+    bench.uart.outb(MCR, 0x10)
+    bench.uart.outb(DATA, 0x21)
+    restore(copy.uart, save(bench.uart))
+    bench.uart.outb(MCR, 0)
+    bench.uart.outb(DATA, 0x22)
+    copy.uart.outb(MCR, 0)
+    copy.uart.outb(DATA, 0x22)
+    assert save(copy.uart)["printed"] == save(bench.uart)["printed"] == (sent + b"\x22")[-4096:]
+
+
+def test_a_snapshot_from_before_the_output_was_kept_is_restored_without_any():
+    fields = save_state(Bench(fifo=0x01).uart)
+    del fields["printed"]
+    copy = Bench()
+    restore_state(copy.uart, fields)
+    assert save_state(copy.uart) == {**fields, "printed": b""}
 
 
 @unhurried

@@ -1,6 +1,7 @@
 """Contents that are mostly zeros: what of them is in use, their checksum, and how it is written."""
 
 import hashlib
+import itertools
 import mmap
 import os
 import struct
@@ -119,6 +120,17 @@ def test_all_is_read_where_the_system_does_not_know_holes(sparse_file, monkeypat
         monkeypatch.setattr(os, "lseek", refuse)
     assert len(list(chunks_of_file(sparse_file.fileno(), 64 << 20))) == 64
     assert checksum_of_file(sparse_file.fileno(), 64 << 20) == before
+
+
+@pytest.mark.parametrize("holes_known", [True, False])
+def test_a_size_may_end_within_a_chunk_and_before_the_end_of_the_file(sparse_file, monkeypatch, holes_known):
+    os.pwrite(sparse_file.fileno(), b"x", (40 << 20) + 3 * PAGE_SIZE)
+    if not holes_known:
+        monkeypatch.delattr(os, "SEEK_DATA")
+    size = (40 << 20) + 2 * PAGE_SIZE
+    chunks = list(itertools.islice(chunks_of_file(sparse_file.fileno(), size), 64))
+    assert len(chunks) <= 41
+    assert chunks[-1] == (40 << 20, b"x" + bytes(2 * PAGE_SIZE - 1))
 
 
 def test_a_file_that_has_become_shorter_is_an_error_and_not_zeros(sparse_file):
