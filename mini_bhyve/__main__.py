@@ -172,19 +172,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain("interrupted before the VM ran")
     except Exception:
         # A mistake of ours. Python's own exit code would be 1, which says that the guest was powered off.
-        if somebody_reads(PATIENCE):
+        if somebody_reads(LAST_WORD_TIMEOUT):
             traceback.print_exc()
     return ExitCode.ERROR
 
 
 def complain(sentence: str) -> None:
-    if somebody_reads(PATIENCE):
+    if somebody_reads(LAST_WORD_TIMEOUT):
         print(f"mini_bhyve: {sentence}", file=sys.stderr)
 
 
 # How long, in seconds, a VM that has ended waits for room to say why: standard error may be the pipe that its guest has
 # filled, and nobody reads.
-PATIENCE = 1.0
+LAST_WORD_TIMEOUT = 1.0
 
 
 def somebody_reads(patience: float) -> bool:
@@ -301,7 +301,7 @@ def await_verification(verification: ChildTask) -> None:
     verification.check()
 
 
-def remark(console: Console, sentence: str, patience: float = PATIENCE) -> None:
+def remark(console: Console, sentence: str, patience: float = LAST_WORD_TIMEOUT) -> None:
     """Say something to the user. On a terminal the guest may have stopped in the middle of a line."""
     if somebody_reads(patience):
         with contextlib.suppress(OSError):  # the terminal may be gone

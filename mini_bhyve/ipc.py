@@ -305,7 +305,7 @@ def vm_names(run_dir: str) -> list[str]:
     return sorted(name for name in found if not name.startswith(".") and name.isprintable())
 
 
-def is_alive(path: str) -> bool:
+def is_alive(path: str | bytes) -> bool:
     """Whether some process still has this socket open; the name stays behind when a VM is killed."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
@@ -505,7 +505,10 @@ class IpcServer:
         elif opcode is not None:
             self.done(opcode, sender, reply)
         while self.waiting and self.pending is None and not self.ending:
-            self.serve(*self.waiting.popleft())
+            message, sender = self.waiting.popleft()
+            # Who has given up, and been told that the VM does not answer, shall not find it paused a minute later.
+            if not sender or is_alive(sender):
+                self.serve(message, sender)
         return True
 
     def done(self, opcode: IpcOpcode, sender: Any, reply: dict[str, Any]) -> None:

@@ -81,9 +81,9 @@ def assert_all_answered(found: dict[str, Any], datagrams: int) -> None:
 
 @needs_proc
 def test_a_flooded_vm_runs_on_answers_each_request_once_and_does_not_grow(vm):
-    vm.flood(500, seed="to warm up")
+    vm.flood(250, seed="to warm up")
     memory, files, executed = vm.resident(), vm.open_files(), vm.status()["instructions"]
-    assert_all_answered(vm.flood(2000), 2000)
+    assert_all_answered(vm.flood(1000), 1000)
     assert vm.status()["instructions"] > executed
     assert len(vm.open_files()) == len(files)
     assert vm.resident() < memory + MEGABYTE

@@ -189,6 +189,37 @@ def test_so_many_requests_wait_and_the_next_one_is_refused_with_a_sentence(run_d
     assert ask(IpcOpcode.INJECT_NMI).answer() == {}, "and then there is room again"
 
 
+def test_what_nobody_waits_for_any_more_when_its_turn_comes_is_not_done_but_for_who_has_no_address(
+    run_dir, serve, ask, slow
+):
+    pending, done = slow(), []
+    server = serve({
+        IpcOpcode.START_CHECKPOINT: lambda message: pending,
+        IpcOpcode.INJECT_NMI: lambda message: done.append(message.data.vcpu.vcpuid),
+        IpcOpcode.STATUS: lambda message: None,
+    })  # fmt: skip
+
+    def inject(vcpu: int) -> IpcMessage:
+        message = IpcMessage(code=IpcOpcode.INJECT_NMI)
+        message.data.vcpu.vcpuid = vcpu
+        return message
+
+    checkpoint = ask(IpcOpcode.START_CHECKPOINT)
+    with pytest.raises(IpcError, match="does not answer"):
+        send_message(server.path, inject(1), timeout=0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as nameless:
+        nameless.sendto(bytes(inject(2)), server.path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connected:
+        connected.bind(os.path.join(run_dir, ".connected"))
+        connected.connect(server.path)
+        connected.settimeout(20)
+        connected.send(bytes(inject(3)))
+        assert ask(IpcOpcode.STATUS).answer() == {}
+        pending.finish()
+        assert checkpoint.answer() == {} and nvlist.unpack(connected.recv(65536)) == {}
+    assert done == [2, 3]
+
+
 @pytest.mark.parametrize("outcome", [IpcError("the disk is full"), ZeroDivisionError("of all things"), 5])
 def test_a_suspend_that_fails_in_the_end_leaves_the_vm_its_socket(run_dir, serve, ask, slow, capsys, outcome):
     pending = slow()
