@@ -19,11 +19,15 @@ import hashlib
 import mmap
 import os
 import struct
+import sys
 from collections.abc import Iterator
 
 PAGE_SIZE = 4096
 CHUNK_SIZE = 1 << 20
 ZEROS = bytes(CHUNK_SIZE)
+
+# lseek(2) to what is not a hole. PyPy has no name for it; FreeBSD's number is Linux's, macOS has another.
+SEEK_DATA: int | None = getattr(os, "SEEK_DATA", 3 if sys.platform.startswith(("linux", "freebsd")) else None)
 
 
 def runs_in_use(contents: bytes) -> Iterator[tuple[int, int]]:
@@ -90,10 +94,10 @@ def chunks_of_file(descriptor: int, size: int) -> Iterator[tuple[int, bytes]]:
 
 def _next_data(descriptor: int, place: int) -> int:
     """The first place from `place` on that is not in a hole, as far as the system can tell."""
-    try:
-        return os.lseek(descriptor, place, os.SEEK_DATA)
-    except AttributeError:  # this system has no such thing
+    if SEEK_DATA is None:
         return place
+    try:
+        return os.lseek(descriptor, place, SEEK_DATA)
     except OSError as error:
         # ENXIO: there is nothing but a hole from here on. Any other error: not every file system knows its holes.
         return 1 << 63 if error.errno == errno.ENXIO else place

@@ -3,9 +3,9 @@
 Each is a zip file in `data/` with the three files of a small machine that has all devices, at an instant at which there
 is much to be kept. A new format gets new ones; those that are there stay as they are:
 
-    python tests/stored_snapshot.py version-2
+    python tests/stored_snapshot.py version-3
 
-So far there are those of version-1, made on top of commit 651ca9c.
+So far there are those of version-1, made on top of commit 651ca9c, and of version-2, on top of 7684998.
 """
 
 from __future__ import annotations

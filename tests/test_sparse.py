@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mini_bhyve import sparse
 from mini_bhyve.sparse import (
     CHUNK_SIZE,
     PAGE_SIZE,
@@ -115,7 +116,7 @@ def test_all_is_read_where_the_system_does_not_know_holes(sparse_file, monkeypat
 
     before = checksum_of_file(sparse_file.fileno(), 64 << 20)
     if lacking == "the constant":
-        monkeypatch.delattr(os, "SEEK_DATA")
+        monkeypatch.setattr(sparse, "SEEK_DATA", None)
     else:
         monkeypatch.setattr(os, "lseek", refuse)
     assert len(list(chunks_of_file(sparse_file.fileno(), 64 << 20))) == 64
@@ -126,7 +127,7 @@ def test_all_is_read_where_the_system_does_not_know_holes(sparse_file, monkeypat
 def test_a_size_may_end_within_a_chunk_and_before_the_end_of_the_file(sparse_file, monkeypatch, holes_known):
     os.pwrite(sparse_file.fileno(), b"x", (40 << 20) + 3 * PAGE_SIZE)
     if not holes_known:
-        monkeypatch.delattr(os, "SEEK_DATA")
+        monkeypatch.setattr(sparse, "SEEK_DATA", None)
     size = (40 << 20) + 2 * PAGE_SIZE
     chunks = list(itertools.islice(chunks_of_file(sparse_file.fileno(), size), 64))
     assert len(chunks) <= 41

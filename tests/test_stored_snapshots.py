@@ -12,7 +12,7 @@ from mini_bhyve.lapic import LAPIC_ADDRESS, TPR
 from mini_bhyve.machine import Machine
 from mini_bhyve.snapshot_state import save_state
 
-VERSIONS = ("version-1",)
+VERSIONS = ("version-1", "version-2")
 
 
 @pytest.fixture(params=VERSIONS)
