@@ -97,6 +97,10 @@ class ChildTask:
         if self._outcome:
             raise SnapshotError(self._outcome)
 
+    def close(self) -> None:
+        """Give back the descriptor. To be called once it has ended, by who has waited for that."""
+        self._reader.close()
+
     def _hear(self, data: bytes | None) -> None:
         """Some bytes from the child; b"" is the end, with its last line or without."""
         *lines, self._lines = (self._lines + (data or b"")).split(b"\n")

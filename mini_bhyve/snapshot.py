@@ -232,6 +232,7 @@ class Checkpoint:
                 self.vm.suspended()
                 stopped = True
         finally:
+            self.task.close()
             if stopped or (self.stop_vm and self.pause_ours):
                 self.vm.pause.vm_vcpu_resume()
         if self.task.refused:

@@ -108,4 +108,5 @@ def load_and_check(path):
     """Read a snapshot, and check all of it."""
     snapshot = load_snapshot(str(path))
     snapshot.verify_ram()
+    snapshot.ram_file.close()
     return snapshot

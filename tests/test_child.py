@@ -83,6 +83,17 @@ def test_a_child_whose_end_somebody_else_has_waited_for_is_understood(monkeypatc
         signal.signal(signal.SIGCHLD, previous)
 
 
+def test_a_child_that_has_ended_leaves_no_descriptor_and_no_process_behind():
+    open_before = set(os.listdir("/dev/fd"))
+    task = ChildTask("nothing", lambda tell: None)
+    task.check()
+    task.close()
+    assert task.finished()
+    assert set(os.listdir("/dev/fd")) <= open_before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(task._pid, os.WNOHANG)
+
+
 def test_progress_arrives_while_the_child_works():
     go = shared_memory()
 
