@@ -212,6 +212,15 @@ def prefixes(insn: capstone.CsInsn) -> bytes:
     return insn.bytes[: insn.bytes.index(insn.opcode[0])]
 
 
+LOCKABLE = "adc add and btc btr bts cmpxchg cmpxchg8b cmpxchg16b dec inc neg not or sbb sub xadd xchg xor".split()
+
+
+def may_be_locked(insn: capstone.CsInsn) -> bool:
+    """It is one of those that may have a LOCK prefix, and its destination is in memory (vol. 2A, LOCK)."""
+    name, kinds = insn.insn_name(), [operand.type for operand in insn.operands]
+    return name in LOCKABLE and x86.X86_OP_MEM in (kinds if name == "xchg" else kinds[:1])
+
+
 def source_of(case: Case, insn: capstone.CsInsn) -> int:
     """What the register holds that is the last operand."""
     return case.registers[REGISTERS[insn.operands[-1].reg]]
@@ -259,7 +268,7 @@ UNICORN_ERRORS = [
     Error("a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.5", "",
           lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector in (None, PF) and through_cs(insn)),
     Error("some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",
-          lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in prefixes(insn)),
+          lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in prefixes(insn) and not may_be_locked(insn)),
     Error("with a 16-bit operand size, all of EBP is changed", "vol. 2A, ENTER", "enter",
           lambda case, insn, ours, theirs: 0x66 in prefixes(insn) or case.world in ("real", "code16"),
           fields="registers"),
