@@ -364,8 +364,8 @@ UNICORN_ERRORS = [
           lambda case, insn, ours, theirs: insn.opcode[:2] == [0x0F, 0x22] and ours.vector == GP
           and theirs.vector is None and theirs.controls[3] & CR4_PAE != 0
           and WORLDS[case.world].bits != 64),
-    Error("the registers that were popped before a fault have changed", "vol. 3A, 6.5: faults", "popaw popal",
-          lambda case, insn, ours, theirs: both(PF, ours, theirs), fields="registers"),
+    Error("the registers that were popped before a page fault have changed", "vol. 3A, 6.5: only at a segment's end",
+          "popaw popal", lambda case, insn, ours, theirs: both(PF, ours, theirs), fields="registers"),
     Error("EFLAGS.AC counts for the processor's own accesses, too", "vol. 3A, 4.6.1: implicit accesses", "",
           lambda case, insn, ours, theirs: smap_and_ac(case) and LAR in case.code and ours.vector == PF
           and ours.error_code == 1 and ours.controls[1] >> 12 == GDT >> 12),
