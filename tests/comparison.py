@@ -169,6 +169,15 @@ def beyond_the_end(_: Callable[..., Any]) -> Callable[..., Any]:
     return at
 
 
+def as_if_to_load(usual: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of Cpu.linear(): what may be read of a code segment may be written."""
+
+    def linear(cpu: Cpu, index: int, offset: int, size: int, writing: bool) -> int:
+        return usual(cpu, index, offset, size, writing and index != CS)
+
+    return linear
+
+
 def with_rights_of_level_0(transfer: Callable[..., Any]) -> Callable[..., Any]:
     """In place of a far transfer: its accesses to the stack are the supervisor's."""
 
@@ -266,7 +275,8 @@ UNICORN_ERRORS = [
           "80286 manual, LDS: vector 13 at FFFFh and FFFDh, so not at FFFEh", TWO_PARTS, just_before_its_end,
           likewise=(Replacement(Memory, "at", beyond_the_end),)),
     Error("a store through CS is let through, as nothing is checked when memory is accessed", "vol. 3A, 5.4", "",
-          lambda case, insn, ours, theirs: ours.vector == GP and theirs.vector in (None, PF) and through_cs(insn)),
+          lambda case, insn, ours, theirs: ours.vector == GP and through_cs(insn),
+          likewise=(Replacement(MemoryAccess, "linear", as_if_to_load),)),
     Error("some instructions may have a LOCK prefix that may not", "vol. 2A, LOCK: #UD", "",
           lambda case, insn, ours, theirs: ours.vector == UD and 0xF0 in prefixes(insn) and not may_be_locked(insn)),
     Error("with a 16-bit operand size, all of EBP is changed", "vol. 2A, ENTER", "enter",
