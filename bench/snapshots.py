@@ -111,7 +111,7 @@ def measure_restore(size: str, directory: str) -> dict[str, float]:
         snapshot = load_snapshot(os.path.join(directory, f"{size}.ckp"))
         machine = Machine(configured(size), ScriptedConsole(), snapshot.ram)
         snapshot.restore(machine)
-        verification = snapshot.begin_verification()
+        verification = snapshot.begin_verification(machine)
         machine.cpu.run(machine.cpu.retired + 1)
         first.append(time.perf_counter() - begin)
         verification.check()

@@ -18,6 +18,7 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, NoReturn
@@ -260,9 +261,8 @@ def run_vm(config: Config, snapshot_path: str | None) -> int:
         verification = None
         if snapshot:
             snapshot.restore(machine)
-            verification = snapshot.begin_verification()
-            confirm = functools.partial(await_verification, verification)
-            machine.hold_back(confirm)
+            verification = snapshot.begin_verification(machine)
+            machine.hold_back(functools.partial(await_verification, verification, machine))
         else:
             machine.load()
         console.on_leave = lambda reason: machine.stop(ExitCode.POWEROFF, reason)
@@ -273,32 +273,41 @@ def run_vm(config: Config, snapshot_path: str | None) -> int:
             server = init_ipc(machine.name, run_dir_for(config.get("rundir")), machine.commands(), first)
             try:
                 console.start()
-                exit_code = machine.run()
+                machine.run()
             finally:
                 server.close()
         if verification:
-            confirm()
+            await_verification(verification, machine)
     remark(console, f"{machine.name}: {machine.reason}")
-    return exit_code
+    assert machine.exit_code is not None
+    return machine.exit_code
 
 
 PROGRESS_AFTER = 1.0  # seconds that something may take before its progress is shown
 
 
-def await_verification(verification: ChildTask) -> None:
-    """Wait until it is known whether the snapshot is whole, and on a terminal show how far it is if that takes long.
+def await_verification(verification: ChildTask, machine: Machine) -> bool:
+    """Wait until it is known whether the snapshot is whole; on a terminal, show how far it is if that takes long.
 
-    Raises SnapshotError if it is not whole.
+    Raises SnapshotError if it is not whole. Returns False if nobody wants to know any more: the VM was powered off.
     """
-    if not verification.wait(PROGRESS_AFTER) and sys.stderr.isatty():
-        from rich.console import Console as Screen  # here, for it takes longer to load than most VMs to start
-        from rich.progress import Progress
+    started = time.monotonic()
+    with contextlib.ExitStack() as shown:
+        progress = None
+        while not verification.wait(0.1):
+            if machine.exit_code == ExitCode.POWEROFF:
+                verification.cancel()
+                return False
+            if progress is None and time.monotonic() - started > PROGRESS_AFTER and sys.stderr.isatty():
+                from rich.console import Console as Screen  # here, for it takes longer to load than most VMs to start
+                from rich.progress import Progress
 
-        with Progress(console=Screen(stderr=True), transient=True) as progress:
-            bar = progress.add_task(verification.what, total=None)
-            while not verification.wait(0.1):
+                progress = shown.enter_context(Progress(console=Screen(stderr=True), transient=True))
+                bar = progress.add_task(verification.what, total=None)
+            if progress is not None:
                 progress.update(bar, completed=verification.done, total=verification.total or None)
     verification.check()
+    return True
 
 
 def remark(console: Console, sentence: str, patience: float = LAST_WORD_TIMEOUT) -> None:

@@ -34,6 +34,7 @@ from mini_bhyve.snapshot_state import SnapshotError
 Tell = Callable[[int, int], None]
 Work = Callable[[Tell], None]
 
+ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 TELL_INTERVAL = 0.1  # seconds between two lines of progress
 MAX_DESCRIPTORS = 1 << 16  # a limit on open files may be a thousand million, but a VM has a handful
 
@@ -56,17 +57,25 @@ class ChildTask:
         self._outcome: str | None = None  # "" is success
         self._lines = b""
         self._asking = threading.Lock()
-        reading, writing = os.pipe()
+        try:
+            reading, writing = os.pipe()
+        except OSError as error:
+            raise SnapshotError(f"cannot {what}: {error.strerror}") from error
         self._reader: BinaryIO = open(reading, "rb", buffering=0)
         writer: BinaryIO = open(writing, "wb", buffering=0)
         self._pid: int | None = None
+        # Keys on the terminal and its end are for the VM. It waits for the child when it ends, so that nothing is lost.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         try:
             self._pid = _fork()
+            if self._pid == 0:
+                _be_the_child(writer, work, descriptors, nice)
         except (AttributeError, OSError) as error:  # no such call on this system, or no memory or process to be had
             self.refused = str(getattr(error, "strerror", None) or "this system cannot fork")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if self._pid is None:
             _put_line(writer, {"outcome": _outcome(work, lambda done, total: None)})
-        if self._pid == 0:
-            _be_the_child(writer, work, descriptors, nice)
         writer.close()
 
     def fileno(self) -> int:
@@ -97,6 +106,12 @@ class ChildTask:
         if self._outcome:
             raise SnapshotError(self._outcome)
 
+    def cancel(self) -> None:
+        """End the child at once: nobody wants to know any more."""
+        with self._asking:
+            if self._outcome is None and self._pid:
+                os.kill(self._pid, signal.SIGKILL)
+
     def close(self) -> None:
         """Give back the descriptor. To be called once it has ended, by who has waited for that."""
         self._reader.close()
@@ -118,7 +133,7 @@ class ChildTask:
             with contextlib.suppress(ChildProcessError):  # we were started to ignore SIGCHLD: the kernel has reaped it
                 status = os.waitpid(self._pid, 0)[1]
                 if os.WIFSIGNALED(status):
-                    return f"the process that did it was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+                    return f"the process that did it was ended by {_signal_name(os.WTERMSIG(status))}"
         return "the process that did it has ended before its time"
 
 
@@ -137,8 +152,6 @@ def _be_the_child(writer: BinaryIO, work: Work, descriptors: tuple[int, ...], ni
     try:
         # What is collected here would be the parent's: a socket object, say, whose descriptor has another meaning here.
         gc.disable()
-        # Keys on the terminal and its end are for the VM. It waits for us when it ends, so that nothing is lost.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
         os.nice(nice)
         _close_all_but({writer.fileno(), *descriptors})
         told_at = 0.0
@@ -154,8 +167,18 @@ def _be_the_child(writer: BinaryIO, work: Work, descriptors: tuple[int, ...], ni
         os._exit(0)
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
 def _close_all_but(kept: set[int]) -> None:
-    """Close all descriptors above standard error but these."""
+    """Close all descriptors but these, and have the standard ones lead nowhere: who reads a pipe waits for its end."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(nowhere, standard)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = MAX_DESCRIPTORS if limit == resource.RLIM_INFINITY else min(limit, MAX_DESCRIPTORS)
     edges = [2, *sorted(kept), limit]

@@ -57,7 +57,7 @@ class DiskImage:
         self.sectors = size // SECTOR_SIZE
         # Called before each write; while it is not known whether the guest may go on, it waits (Machine.hold_back).
         self.before_write: Callable[[], None] = lambda: None
-        self._told_modified: int | None = None
+        self._told_changed: int | None = None
 
     def _lock(self) -> None:
         """One machine that writes, or any number that only read."""
@@ -76,8 +76,8 @@ class DiskImage:
     def write(self, sector: int, data: bytes | bytearray) -> None:
         """Whole sectors from `sector` on. They are in the file then, but not yet certain to outlive the host."""
         self.before_write()
-        if self._told_modified is not None:
-            self._pass_tick(self._told_modified)
+        if self._told_changed is not None:
+            self._pass_tick(self._told_changed)
         view, offset = memoryview(data), sector * SECTOR_SIZE
         while view:
             written = os.pwrite(self.descriptor, view, offset)
@@ -87,16 +87,26 @@ class DiskImage:
         """What has been written so far will outlive the host."""
         os.fsync(self.descriptor)
 
-    def modified(self) -> int:
-        """When the image was last changed (ns since 1970). The next write, however soon, will make it another time."""
-        self._told_modified = os.fstat(self.descriptor).st_mtime_ns
-        return self._told_modified
+    def version(self) -> str:
+        """Names the contents as they are now: which file it is, and when it was last changed (ns since 1970).
+
+        The time is that of the last change to the file in any way (st_ctime), which nobody can set. The next write,
+        however soon, will make it another one.
+        """
+        found = os.fstat(self.descriptor)
+        self._told_changed = found.st_ctime_ns
+        return f"{found.st_dev}:{found.st_ino}:{found.st_ctime_ns}"
 
     def _pass_tick(self, told: int) -> None:
         """Let the clock that files are stamped by move on from the time `told`."""
-        self._told_modified = None
+        self._told_changed = None
         time.sleep(min(max(0, told + SAME_TICK - time.time_ns()), SAME_TICK) / 1e9)
 
-    def checksum(self) -> str:
-        """The checksum (sparse.py) of all that is on the disk."""
-        return checksum_of_file(self.descriptor, self.sectors * SECTOR_SIZE)
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.sectors * SECTOR_SIZE
+
+    def checksum(self, tell: Callable[[int], None] = lambda done: None) -> str:
+        """The checksum (sparse.py) of all that is on the disk. `tell` hears how many bytes have been gone through."""
+        return checksum_of_file(self.descriptor, self.size, tell)

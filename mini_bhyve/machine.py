@@ -32,7 +32,7 @@ from mini_bhyve.console import Console
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.crtc import Crtc
 from mini_bhyve.devices import Device, Pic, Pit, Port92, ResetControl
-from mini_bhyve.disk import SECTOR_SIZE, DiskImage
+from mini_bhyve.disk import DiskImage
 from mini_bhyve.faults import TripleFault, VmExit
 from mini_bhyve.flags import IF
 from mini_bhyve.ide import DATA, Ide
@@ -79,6 +79,10 @@ class ExitCode(enum.IntEnum):
     TRIPLE_FAULT = 3
     ERROR = 4
     SUSPENDED = 5
+
+
+class Ended(Exception):
+    """The VM is to end in the middle of an instruction, of which nothing has been seen outside."""
 
 
 @dataclass
@@ -166,6 +170,7 @@ class Machine:
         self.pause = init_snapshot()
         self.pause_requested = False
         self.holding_back = threading.Lock()  # while the vCPU waits in the middle of an instruction
+        self.confirmed = True  # what the guest does may be seen outside
         self.snapshot_begun: Checkpoint | None = None  # one that is being written
         self.wake_fd, self.kick_fd = os.pipe()
         for fd in (self.wake_fd, self.kick_fd):
@@ -254,63 +259,68 @@ class Machine:
         return [self.uart, self.kbc, self.crtc, self.port92, self.reset_control, *self.disk_controllers()]
 
     def disks(self) -> list[dict[str, Any]]:
-        """Which disks there are, what the guest knows of each, and when it was last changed."""
+        """Which disks there are, what the guest knows of each, and what names its contents."""
         return [
             {
                 "slot": slot,
                 "path": image.path,
-                "size": image.sectors * SECTOR_SIZE,
+                "size": image.size,
                 "access": "read only" if image.read_only else "read and write",
-                "modified": image.modified(),
+                "version": image.version(),
             }
             for slot, image in self.images.items()
         ]
 
     def disk_descriptors(self) -> tuple[int, ...]:
-        """What a child process must have open to seal_disks()."""
+        """What a child process must have open for seal_disk() and disk_changed()."""
         return tuple(image.descriptor for image in self.images.values())
 
-    def seal_disks(self, disks: list[dict[str, Any]]) -> None:
-        """See to it that what the guest has written outlives the host, and note the contents of each disk.
+    def seal_disk(self, disk: dict[str, Any], tell: Callable[[int], None]) -> None:
+        """See to it that what the guest has written outlives the host, and note the contents of a disk.
 
-        Not of one that has changed by the time they are read: the guest may go on writing meanwhile.
-        """
-        for disk in disks:
-            image = self.images[disk["slot"]]
-            try:
-                image.flush()
-                checksum = image.checksum()
-                if image.modified() == disk["modified"]:
-                    disk["sha256"] = checksum
-            except OSError as error:
-                raise SnapshotError(f"cannot write the disk {image.path}: {error.strerror or error}") from error
-
-    def disk_changed(self, disk: dict[str, Any]) -> bool:
-        """Whether the contents of one of our disks are others than those that seal_disks() has seen.
-
-        If it was last changed at the same time, they are taken to be the same; else all of it is read.
+        Not if it has changed by the time they are read: the guest may go on writing meanwhile.
         """
         image = self.images[disk["slot"]]
-        if self.config.get_bool("restore.changed_disks") or "modified" not in disk:
+        try:
+            image.flush()
+            checksum = image.checksum(tell)
+            if image.version() == disk["version"]:
+                disk["sha256"] = checksum
+        except OSError as error:
+            raise SnapshotError(f"cannot write the disk {image.path}: {error.strerror or error}") from error
+
+    def disk_changed(self, disk: dict[str, Any], tell: Callable[[int], None]) -> bool:
+        """Whether the contents of one of our disks are others than those that seal_disk() has seen.
+
+        If it is the same file and was not touched since, they are taken to be the same; else all of it is read.
+        """
+        image = self.images[disk["slot"]]
+        if self.config.get_bool("restore.changed_disks") or "version" not in disk:
             return False
         try:
-            return image.modified() != disk["modified"] and image.checksum() != disk.get("sha256")
+            return image.version() != disk["version"] and image.checksum(tell) != disk.get("sha256")
         except OSError as error:
             raise SnapshotError(f"cannot read the disk {image.path}: {error.strerror or error}") from error
 
-    def hold_back(self, confirm: Callable[[], None]) -> None:
-        """Nothing leaves the machine, to the console or a disk, before `confirm` has returned; it may raise instead.
+    def hold_back(self, confirm: Callable[[], bool]) -> None:
+        """Nothing leaves the machine, to the console or a disk, before `confirm` has returned that it may.
 
-        The vCPU waits in it, in the middle of an instruction. That is no state to be saved, but one to be looked at.
+        Meanwhile the vCPU waits in it, in the middle of an instruction. That is no state to be saved, but one to be
+        looked at, so it counts as suspended; and once verification() has said that all is well, which is before
+        anything can be saved, it does not wait there any more.
         """
+        self.confirmed = False
 
         def wait() -> None:
             with self.holding_back:
-                self.pause.checkpoint_cpu_suspend(0)
-                try:
-                    confirm()
-                finally:
-                    self.pause.checkpoint_cpu_resume(0)
+                if not self.confirmed:
+                    self.pause.checkpoint_cpu_suspend(0)
+                    try:
+                        self.confirmed = confirm()
+                    finally:
+                        self.pause.checkpoint_cpu_resume(0)
+                if not self.confirmed:
+                    raise Ended
             self.uart.before_output = lambda: None
             for image in self.images.values():
                 image.before_write = lambda: None
@@ -363,6 +373,8 @@ class Machine:
         try:
             while self.exit_code is None:
                 self.run_once()
+        except Ended:
+            assert self.exit_code is not None
         except TripleFault as end:
             self.stop(ExitCode.TRIPLE_FAULT, str(end))
         except VmExit as end:
@@ -489,8 +501,12 @@ class Machine:
         self.kick()
 
     def suspended(self) -> None:
-        """End the VM because it has been saved. Its disks may be used by whoever goes on from there."""
+        """End the VM because it has been saved. Its disks may be used by whoever goes on from there.
+
+        Also if it was told to end meanwhile, it was suspended: nothing has happened since.
+        """
         self.stop(ExitCode.SUSPENDED, "suspended")
+        self.exit_code, self.reason = ExitCode.SUSPENDED, "suspended"
         for image in self.images.values():
             image.close()
 
@@ -561,8 +577,9 @@ class Machine:
             except SnapshotError as error:
                 self.stop(ExitCode.ERROR, str(error))
                 raise
-            with self.holding_back:  # the vCPU shall have come to the end of its instruction
-                return {}
+            with self.holding_back:  # a vCPU that waits shall have come to the end of its instruction
+                self.confirmed = True
+            return {}
 
         return Answer(task, complete)
 
@@ -589,6 +606,7 @@ class Machine:
 
     def status(self, message: IpcMessage) -> dict[str, Any]:
         """STATUS: what there is to say of the VM in a few words."""
+        active, suspended = sorted(self.pause.vcpus_active), sorted(self.pause.vcpus_suspended)  # before we pause it
         return {
             "name": self.name,
             "pid": os.getpid(),
@@ -597,17 +615,18 @@ class Machine:
             **self.progress(),
             "snapshot": self.config.get_bool("snapshot"),
             **self.snapshot_progress(),
-            "active_cpus": sorted(self.pause.vcpus_active),
-            "suspended_cpus": sorted(self.pause.vcpus_suspended),
+            "active_cpus": active,
+            "suspended_cpus": suspended,
         }
 
     def snapshot_progress(self) -> dict[str, Any]:
-        """Of a snapshot that is being written, the file and how many bytes of memory have been gone through."""
+        """Of a snapshot that is being written, the file, and how many bytes of memory and disks are done."""
         begun = self.snapshot_begun
         if begun is None:
             return {}
         begun.task.finished()
-        return {"snapshot_file": begun.path, "snapshot_done": begun.task.done, "snapshot_total": self.memory.size}
+        total = begun.task.total or self.memory.size
+        return {"snapshot_file": begun.path, "snapshot_done": begun.task.done, "snapshot_total": total}
 
     def progress(self) -> dict[str, Any]:
         """How far the guest has come and where it is, all at one instant."""

@@ -54,14 +54,14 @@ from mini_bhyve import nvlist
 from mini_bhyve.child import ChildTask, Tell
 from mini_bhyve.snapshot_files import KERN, META, RAM, SnapshotFiles, explained
 from mini_bhyve.snapshot_state import SnapshotError, Snapshottable, State, restore_state, save_state
-from mini_bhyve.sparse import Checksum, chunks_of_file, chunks_of_memory, write_all, write_in_use
+from mini_bhyve.sparse import Checksum, checksum_of_file, chunks_of_memory, write_all, write_in_use
 
 __all__ = ["Snapshot", "SnapshotError", "State", "VcpuPause", "init_snapshot", "load_snapshot", "vm_checkpoint"]
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 BASIC_METADATA = {"ncpus": int, "vmname": str, "memsize": int, "memflags": int}
-WRITER_NICE = 10  # of the process that writes while the guest runs: the guest goes first
+WRITER_NICE = 7  # of the process that writes while the guest runs: the guest goes first
 MAX_META_SIZE = 1 << 20  # bytes; far more than a VM needs, and little enough to be read without thought
 
 
@@ -93,18 +93,21 @@ class VirtualMachine(Protocol):
         """What bhyve itself emulates."""
 
     def disks(self) -> list[dict[str, Any]]:
-        """Per disk a dict with "slot", "path", "modified" (ns), and what else must be the same in a restored VM."""
+        """Per disk a dict with "slot", "path", "size", "version", and what else must be the same in a restored VM.
 
-    def disk_descriptors(self) -> tuple[int, ...]:
-        """The descriptors that seal_disks() needs."""
-
-    def seal_disks(self, disks: list[dict[str, Any]]) -> None:
-        """What was on these disks(), which were told earlier, shall outlive the host. SnapshotError if that fails.
-
-        Each that is still as it was then gets "sha256", the checksum of its contents.
+        If two versions are the same, so are the contents.
         """
 
-    def disk_changed(self, disk: dict[str, Any]) -> bool:
+    def disk_descriptors(self) -> tuple[int, ...]:
+        """The descriptors that seal_disk() and disk_changed() need."""
+
+    def seal_disk(self, disk: dict[str, Any], tell: Callable[[int], None]) -> None:
+        """What was on one of disks(), which was told earlier, shall outlive the host. SnapshotError if that fails.
+
+        If it is still as it was then, it gets "sha256", the checksum of its contents.
+        """
+
+    def disk_changed(self, disk: dict[str, Any], tell: Callable[[int], None]) -> bool:
         """Whether a disk has other contents now than this one, of a snapshot. SnapshotError if it cannot be read."""
 
     def suspended(self) -> None:
@@ -287,9 +290,11 @@ def write_snapshot(vm: VirtualMachine, kern: bytes, document: dict[str, Any], pa
         files.remove_unfinished()
         try:
             checksum = Checksum()
-            files.write_new(RAM, lambda descriptor: write_ram(descriptor, vm.memory.ram, checksum, tell))
+            steps = Steps(tell, vm.memory.size, document["disks"])
+            files.write_new(RAM, lambda descriptor: write_ram(descriptor, vm.memory.ram, checksum, steps.memory))
             files.write_new(KERN, lambda descriptor: write_all(descriptor, kern, 0))
-            vm.seal_disks(document["disks"])  # they are not in the snapshot, but what is in it counts on them
+            for disk in document["disks"]:  # they are not in the snapshot, but what is in it counts on them
+                vm.seal_disk(disk, steps.disk(disk))
             checksums = {"ram": checksum.hexdigest(), "kern": hashlib.sha256(kern).hexdigest()}
             files.write_new(META, lambda descriptor: write_all(descriptor, metadata(document, checksums), 0))
             files.commit()
@@ -300,11 +305,30 @@ def write_snapshot(vm: VirtualMachine, kern: bytes, document: dict[str, Any], pa
             raise
 
 
-def write_ram(descriptor: int, ram: mmap.mmap, checksum: Checksum, tell: Tell) -> None:
+class Steps:
+    """How far something has come that goes through memory, and then through the disks: bytes of all their bytes."""
+
+    def __init__(self, tell: Tell, memsize: int, disks: list[dict[str, Any]]):
+        self.tell = tell
+        self.done = memsize
+        self.total = memsize + sum(disk["size"] for disk in disks)
+
+    def memory(self, done: int) -> None:
+        """So many bytes of memory are done."""
+        self.tell(done, self.total)
+
+    def disk(self, disk: dict[str, Any]) -> Callable[[int], None]:
+        """A function to be told how many bytes of the next disk are done."""
+        before = self.done
+        self.done += disk["size"]
+        return lambda done: self.tell(before + done, self.total)
+
+
+def write_ram(descriptor: int, ram: mmap.mmap, checksum: Checksum, tell: Callable[[int], None]) -> None:
     """Write RAM into an empty file, leaving out pages of zeros, and add it to the checksum."""
     os.ftruncate(descriptor, len(ram))
     for address, contents in chunks_of_memory(ram):
-        tell(address, len(ram))
+        tell(address)
         write_in_use(descriptor, address, contents, checksum.add(address, contents))
 
 
@@ -360,7 +384,7 @@ class Snapshot:
     ram_checksum: str
     version: int
 
-    def verify_ram(self, tell: Tell = lambda done, total: None) -> None:
+    def verify_ram(self, tell: Callable[[int], None] = lambda done: None) -> None:
         """Read all of the file NAME and compare its checksum. SnapshotError if it is not what .meta says.
 
         To be called before a guest writes into `ram`.
@@ -368,18 +392,30 @@ class Snapshot:
         if self.version == 1:
             found = hashlib.sha256(self.ram).hexdigest()
         else:
-            checksum = Checksum()
             with explained("read", self.path):
-                for place, contents in chunks_of_file(self.ram_file.fileno(), self.memsize):
-                    tell(place, self.memsize)
-                    checksum.add(place, contents)
-            found = checksum.hexdigest()
+                found = checksum_of_file(self.ram_file.fileno(), self.memsize, tell)
         if found != self.ram_checksum:
             raise SnapshotError(f"{self.path} is damaged or of another snapshot: its SHA-256 is not what .meta says")
 
-    def begin_verification(self) -> ChildTask:
-        """Have a child process verify_ram(), while the guest runs already."""
-        return ChildTask(f"verify {self.path}", self.verify_ram, (self.ram_file.fileno(),))
+    def verify_disks(self, vm: VirtualMachine, steps: Steps) -> None:
+        """Compare what is on the disks of a VM with what was there. SnapshotError for another disk."""
+        now = {disk["slot"]: disk["path"] for disk in vm.disks()}
+        for disk in self.disks:
+            if vm.disk_changed(disk, steps.disk(disk)):
+                raise SnapshotError(
+                    f"{self.path} is of a VM whose disk in slot {disk['slot']} had other contents than "
+                    f"{now[disk['slot']]} has now (-o restore.changed_disks=true goes on with it all the same)"
+                )
+
+    def begin_verification(self, vm: VirtualMachine) -> ChildTask:
+        """Have a child process verify RAM and disks, while the guest of this restored VM runs already."""
+
+        def verify(tell: Tell) -> None:
+            steps = Steps(tell, self.memsize, self.disks)
+            self.verify_ram(steps.memory)
+            self.verify_disks(vm, steps)
+
+        return ChildTask(f"verify {self.path}", verify, (self.ram_file.fileno(), *vm.disk_descriptors()))
 
     def restore(self, vm: VirtualMachine) -> None:
         """Make `vm`, which does not run, what the saved one was. On SnapshotError it is as it was before.
@@ -415,18 +451,13 @@ class Snapshot:
         theirs_by_slot = {str(disk.get("slot")): disk for disk in vm.disks()}
         self._compare_names("a disk in slot ", ours_by_slot, theirs_by_slot)
         for slot, disk in theirs_by_slot.items():
-            for key in sorted(set(ours_by_slot[slot]) - {"path", "modified", "sha256"}):
+            for key in sorted(set(ours_by_slot[slot]) - {"path", "version", "sha256"}):
                 before, now = ours_by_slot[slot].get(key), disk.get(key)
                 if before != now:
                     raise SnapshotError(
                         f"{self.path} is of a VM whose disk in slot {slot} had the {key} {before}, "
                         f"but that of {disk.get('path')} is {now}"
                     )
-            if vm.disk_changed(ours_by_slot[slot]):
-                raise SnapshotError(
-                    f"{self.path} is of a VM whose disk in slot {slot} had other contents than {disk.get('path')} has "
-                    "now (-o restore.changed_disks=true goes on with it all the same)"
-                )
 
     def _compare_names(self, what: str, ours: Iterable[str], theirs: Iterable[str]) -> None:
         missing, extra = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))

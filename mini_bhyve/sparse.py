@@ -21,6 +21,7 @@ import os
 import struct
 import sys
 from collections.abc import Iterator
+from typing import Callable
 
 PAGE_SIZE = 4096
 CHUNK_SIZE = 1 << 20
@@ -103,10 +104,11 @@ def _next_data(descriptor: int, place: int) -> int:
         return 1 << 63 if error.errno == errno.ENXIO else place
 
 
-def checksum_of_file(descriptor: int, size: int) -> str:
-    """The checksum of an open file of `size` bytes. OSError."""
+def checksum_of_file(descriptor: int, size: int, tell: Callable[[int], None] = lambda done: None) -> str:
+    """The checksum of an open file of `size` bytes. `tell` hears how many have been gone through. OSError."""
     checksum = Checksum()
     for place, contents in chunks_of_file(descriptor, size):
+        tell(place)
         checksum.add(place, contents)
     return checksum.hexdigest()
 

@@ -63,10 +63,10 @@ class Machine:
     def disk_descriptors(self):
         return ()
 
-    def seal_disks(self, disks):
+    def seal_disk(self, disk, tell):
         pass
 
-    def disk_changed(self, disk):
+    def disk_changed(self, disk, tell):
         return False
 
     def suspended(self):

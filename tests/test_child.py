@@ -59,13 +59,31 @@ def test_a_mistake_of_ours_in_the_child_is_told_and_not_a_success():
         ChildTask("divide", lambda tell: 1 // 0).check()
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSEGV, 40])
 def test_a_child_that_is_killed_is_told_and_not_a_success(end):
     task = ChildTask("write vm.ckp", lambda tell: os.kill(os.getpid(), end))
-    with pytest.raises(SnapshotError, match=f"^cannot write vm.ckp: the process that did it was ended by {end.name}$"):
+    name = getattr(end, "name", f"signal {end}")
+    with pytest.raises(SnapshotError, match=f"^cannot write vm.ckp: the process that did it was ended by {name}$"):
         task.check()
-    with pytest.raises(SnapshotError, match=end.name):  # and again, if asked again
+    with pytest.raises(SnapshotError, match=name):  # and again, if asked again
         task.check()
+
+
+def test_a_child_that_is_cancelled_ends_at_once():
+    task = ChildTask("sleep", lambda tell: time.sleep(60))
+    task.cancel()
+    with pytest.raises(SnapshotError, match="SIGKILL"):
+        task.check()
+    task.cancel()  # too late, and no harm
+
+
+def test_without_a_descriptor_to_be_had_there_is_no_task(monkeypatch):
+    def refuse():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "pipe", refuse)
+    with pytest.raises(SnapshotError, match="^cannot write vm.ckp: Too many open files$"):
+        ChildTask("write vm.ckp", lambda tell: None)
 
 
 def test_a_child_that_ends_without_a_word_is_not_a_success():

@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from mini_bhyve.child import ChildTask
 from mini_bhyve.loader import load_flat
 from mini_bhyve.machine import ExitCode, Machine
 from mini_bhyve.snapshot import SnapshotError, load_snapshot, vm_checkpoint
+from mini_bhyve.snapshot_state import save_state
 
 ERROR = 4
 
@@ -291,6 +293,69 @@ def test_the_test_of_damaged_snapshots_would_see_a_guest_that_writes_to_its_disk
     assert disk.read_bytes() == b"precious" * 64 + bytes(512) + b"precious" * (512 - 128)
 
 
+# Counts in BX, without a jump, and then prints what is in BL, or writes a sector of it.
+COUNTS = b"\x43" * 30
+PRINTS_BL = bytes.fromhex("baf803 88d8 ee")
+WRITES_BL = (
+    bytes.fromhex("baf201 b001 ee 42 ee 42 b000 ee 42 ee 42 b0e0 ee 42 b030 ee ec a808 74fb baf001 b90001 88d8 ef e2fd")
+    + bytes.fromhex("baf701 ec a880 75fb")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("leaves_by", [PRINTS_BL, WRITES_BL], ids=["the console", "a disk"])
+def test_a_restored_vm_is_never_saved_in_the_middle_of_an_instruction(tmp_path, leaves_by):
+    code = COUNTS + leaves_by
+    code += b"\xe9" + struct.pack("<h", -len(code) - 3)
+    for number in range(12):
+        (tmp_path / "disk.img").write_bytes(bytes(4096))
+        machine = Machine(configured(pci_0_1_0_device="ide", pci_0_1_0_path=str(tmp_path / "disk.img")), Typist(b""))
+        machine.cpu.start(load_flat(machine.memory, code))
+        whole = ChildTask("verify", lambda tell: None)
+        machine.hold_back(functools.partial(mini_bhyve.__main__.await_verification, whole, machine))
+        threading.Thread(target=machine.run, daemon=True).start()
+        machine.verification(whole).answer()
+        checkpoint(machine, tmp_path / f"{number}.ckp")  # while the vCPU comes to the first byte that goes out
+        machine.stop(ExitCode.POWEROFF, "")
+        wait_until(lambda machine=machine: not machine.pause.vcpus_active)
+        close(machine)
+        loaded = load_snapshot(str(tmp_path / f"{number}.ckp"))
+        (tmp_path / "disk.img").write_bytes(bytes(4096))
+        reference = Machine(machine.config, Typist(b""))
+        reference.cpu.start(load_flat(reference.memory, code))
+        run_to(reference, loaded.kern_structs["vmcx"]["instructions"])
+        between = [{part.name: save_state(part) for part in (reference.cpu, reference.uart, reference.ide)}]
+        reference.advance_devices()  # which may have been done, or be about to be
+        between += [{part.name: save_state(part) for part in (reference.cpu, reference.uart, reference.ide)}]
+        close(reference)
+        assert {name: {**loaded.kern_structs, **loaded.devices}[name] for name in between[0]} in between
+
+
+def test_a_vm_that_is_powered_off_does_not_wait_for_the_rest_of_its_snapshot_to_be_read(monkeypatch):
+    """And nothing of what it did is seen."""
+    reading = ChildTask("verify vm.ckp", lambda tell: time.sleep(60))
+    machine = Machine(configured(), Typist(b""))
+    machine.cpu.start(load_flat(machine.memory, PRINTS))
+    machine.hold_back(functools.partial(mini_bhyve.__main__.await_verification, reading, machine))
+    vcpu = threading.Thread(target=machine.run, daemon=True)
+    vcpu.start()
+    wait_until(lambda: machine.pause.vcpus_suspended)  # it waits at its first byte
+    machine.stop(ExitCode.POWEROFF, "powered off by SIGTERM")
+    vcpu.join(30)
+    assert not vcpu.is_alive()
+    assert (machine.exit_code, machine.console.output) == (ExitCode.POWEROFF, b"")
+    wait_until(reading.finished)
+
+
+def test_a_vm_that_is_told_to_end_while_it_is_suspended_was_suspended(tmp_path, monkeypatch):
+    machine = running(BUSY)
+    with writer_that_waits(monkeypatch):
+        begun = vm_checkpoint(machine, str(tmp_path / "vm.ckp"), stop_vm=True)
+        machine.stop(ExitCode.POWEROFF, "powered off by SIGTERM")
+    begun.complete()
+    assert (machine.exit_code, machine.reason) == (ExitCode.SUSPENDED, "suspended")
+    assert restore_flat(tmp_path / "vm.ckp").cpu.retired == machine.cpu.retired
+
+
 # --- Disks ------------------------------------------------------------------------------------------------------------
 
 
@@ -314,8 +379,10 @@ def close(machine: Machine) -> None:
 
 def restored_with(disk: Path, path: Path, changed_disks: str = "false") -> None:
     machine = with_disk(disk, changed_disks)
+    loaded = load_snapshot(str(path))
     try:
-        load_snapshot(str(path)).restore(machine)
+        loaded.restore(machine)
+        loaded.begin_verification(machine).check()
     finally:
         close(machine)
 
@@ -351,6 +418,16 @@ def test_what_the_guest_writes_right_behind_a_checkpoint_makes_its_disk_another_
         close(machine)
         with pytest.raises(SnapshotError, match="had other contents than"):
             restored_with(disk, path)
+
+
+def test_a_disk_whose_time_was_put_back_is_known_to_have_changed(disk, tmp_path):
+    checkpoint(with_disk(disk), tmp_path / "vm.ckp", stop_vm=True)
+    before = os.stat(disk)
+    with open(disk, "r+b") as file:
+        file.write(b"other")
+    os.utime(disk, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(SnapshotError, match="had other contents than"):
+        restored_with(disk, tmp_path / "vm.ckp")
 
 
 def test_a_disk_that_does_not_change_while_it_is_saved_is_known_by_its_contents(disk, tmp_path):
@@ -436,7 +513,8 @@ def test_a_restore_that_takes_its_time_shows_how_far_it_is_on_a_terminal_only(mo
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(mini_bhyve.__main__, "PROGRESS_AFTER", patience)
-    mini_bhyve.__main__.await_verification(ChildTask("verify vm.ckp", work))
+    machine = Machine(configured(), Typist(b""))
+    assert mini_bhyve.__main__.await_verification(ChildTask("verify vm.ckp", work), machine)
     shown = screen.getvalue()
     assert ("verify vm.ckp" in shown and "%" in shown) == (terminal and patience < 1)
     if not terminal or patience > 1:
@@ -451,4 +529,4 @@ def test_a_restore_that_finds_damage_after_a_while_says_so(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Screen(True))
     monkeypatch.setattr(mini_bhyve.__main__, "PROGRESS_AFTER", 0.05)
     with pytest.raises(SnapshotError, match="^vm.ckp is damaged$"):
-        mini_bhyve.__main__.await_verification(ChildTask("verify vm.ckp", work))
+        mini_bhyve.__main__.await_verification(ChildTask("verify vm.ckp", work), Machine(configured(), Typist(b"")))
