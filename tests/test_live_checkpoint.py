@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import mmap
 import os
 import random
@@ -530,3 +531,18 @@ def test_a_restore_that_finds_damage_after_a_while_says_so(monkeypatch):
     monkeypatch.setattr(mini_bhyve.__main__, "PROGRESS_AFTER", 0.05)
     with pytest.raises(SnapshotError, match="^vm.ckp is damaged$"):
         mini_bhyve.__main__.await_verification(ChildTask("verify vm.ckp", work), Machine(configured(), Typist(b"")))
+
+
+# --- Measured ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+def test_the_guest_keeps_its_speed_while_it_is_saved_and_is_back_as_soon_with_1_gb_as_with_64_mb(tmp_path):
+    figures: dict[str, dict[str, float]] = {"64M": {}, "1G": {}}
+    for size, found in figures.items():
+        for task in "--save", "--restore":
+            command = [sys.executable, str(ROOT / "bench" / "snapshots.py"), task, size, "--directory", str(tmp_path)]
+            found.update(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+        assert found["rate"] >= 0.8, figures
+        assert found["pause_ms"] < found["written_s"] * 1000 / 4, figures
+    assert figures["1G"]["first_ms"] < 2 * figures["64M"]["first_ms"], figures
