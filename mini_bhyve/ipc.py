@@ -116,6 +116,10 @@ class IpcError(Exception):
     """Why a command was refused, or could not be delivered: one sentence."""
 
 
+class NoAnswer(IpcError):
+    """A VM is there, but has not answered in time."""
+
+
 # --- ipc.h: the messages ---------------------------------------------------------------------------------------------
 
 
@@ -648,7 +652,8 @@ def send_message(path: str, message: IpcMessage, timeout: float = REPLY_TIMEOUT)
 
     The address that the answer comes to is a socket beside the VM's, under a hidden name, for the time of the call.
 
-    Raises IpcError with what the VM gave as the error, or if there is no VM, or it does not answer, or ends first.
+    Raises IpcError with what the VM gave as the error, or if there is no VM, or it ends first; NoAnswer, which is one
+    as well, if the time is up.
     """
     run_dir, vmname = os.path.split(path)
     address = os.path.join(run_dir, f".{os.urandom(4).hex()}")  # CLIENT_NAME_SIZE bytes
@@ -665,7 +670,7 @@ def send_message(path: str, message: IpcMessage, timeout: float = REPLY_TIMEOUT)
         except ConnectionError:
             raise IpcError(f"VM {vmname!r} is dead: no process has its socket {path} open") from None
         except socket.timeout:
-            raise IpcError(f"VM {vmname!r} does not answer: nothing came within {timeout:g} seconds") from None
+            raise NoAnswer(f"VM {vmname!r} does not answer: nothing came within {timeout:g} seconds") from None
         except nvlist.NvlistError as error:
             raise IpcError(f"the answer of VM {vmname!r} is not an nvlist: {error}") from None
         except OSError as error:
