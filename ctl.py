@@ -42,6 +42,7 @@ from mini_bhyve.ipc import (
     socket_path,
     vm_names,
 )
+from mini_bhyve.snapshot_files import KERN, META, RAM
 from mini_bhyve.snapshot_state import SnapshotError
 
 if TYPE_CHECKING:  # rich takes longer to load than a VM to answer, so whoever needs it imports it
@@ -297,12 +298,22 @@ def diff(before: str, after: str, svg: str | None) -> dict[str, Any]:
     from mini_bhyve.snapshot_diff import compare
     from mini_bhyve.stopped_vm import StoppedVm
 
+    if svg is not None:
+        refuse_snapshot(svg, before, after)
     report = compare(StoppedVm(before), StoppedVm(after))
     if svg is not None:
         title = f"Memory: {os.path.basename(before):.40} and {os.path.basename(after):.40}"
         with open(svg, "w", encoding="utf-8") as file:
             file.write(picture_of(report, "changed").svg(title, pages_told(report, "changed", "differ")))
     return report
+
+
+def refuse_snapshot(svg: str, *snapshots: str) -> None:
+    """Leave the files of these snapshots alone, under whatever name. (A running VM may have its RAM in one.)"""
+    for snapshot in snapshots:
+        for part in (RAM, KERN, META):
+            if os.path.exists(svg) and os.path.exists(snapshot + part) and os.path.samefile(svg, snapshot + part):
+                raise SnapshotError(f"{svg} is a file of the snapshot {snapshot}, and no place for a picture")
 
 
 def show_inspection(report: dict[str, Any]) -> None:
