@@ -95,6 +95,10 @@ MAX_WAITING = 100
 SHARE = 0.2
 AT_ONCE = 0.002
 
+#: A client's socket that nobody has open is removed if its name is so many seconds old. (One that is being made has
+#: its name a moment before it can be reached.)
+DEAD_AFTER = 60.0
+
 #: Seconds to wait for somebody else to be done with the names in the run directory, which takes a moment.
 LOCK_TIMEOUT = 5.0
 
@@ -330,6 +334,17 @@ def remove_dead_socket(path: str) -> bool:
     return False
 
 
+def _remove_dead_clients(run_dir: str) -> None:
+    """Remove the sockets that killed clients of this user left behind. What cannot be removed is no harm."""
+    with contextlib.suppress(OSError), os.scandir(run_dir) as entries:
+        for entry in entries:
+            if len(entry.name) == CLIENT_NAME_SIZE and entry.name.startswith("."):
+                found = entry.stat(follow_symlinks=False)
+                ours = stat.S_ISSOCK(found.st_mode) and found.st_uid == os.getuid()
+                if ours and time.time() - found.st_mtime > DEAD_AFTER and not is_alive(entry.path):
+                    os.unlink(entry.path)
+
+
 @contextlib.contextmanager
 def _locked(directory: str) -> Iterator[None]:
     """Nobody else replaces dead sockets here meanwhile: between the look and the unlink() a VM could have come."""
@@ -365,8 +380,9 @@ def init_ipc(
     ``first`` is something that the VM has under way already: until it is finished, requests wait as they do while an
     answer is pending. What comes of it is for whoever started it to see.
 
-    The directory is made (0700) if it is not there; the socket has mode 0600. Call this while there is no other
-    thread yet that creates files, for the file mode mask belongs to the whole process.
+    The directory is made (0700) if it is not there, and what killed clients left in it is removed; the socket has mode
+    0600. Call this while there is no other thread yet that creates files, for the file mode mask belongs to the whole
+    process.
 
     Raises IpcError if the name cannot be used, or a living VM has it.
     """
@@ -376,6 +392,7 @@ def init_ipc(
         _know_senders(listener)  # before there is a name to send to
         _make_run_dir(run_dir)
         with _locked(run_dir):
+            _remove_dead_clients(run_dir)
             if os.path.lexists(path):
                 if not stat.S_ISSOCK(os.lstat(path).st_mode):
                     raise IpcError(f"{path} is in the way of the control socket, and not a socket")
