@@ -132,17 +132,22 @@ class IpcOpcode(enum.IntEnum):
 
     STATUS is answered with ``name``; ``state``: "running", "paused" or "halted"; ``pid``; ``ncpus``; ``memory`` in
     bytes; ``instructions`` executed so far; ``time_ns``, virtual, since power-on; ``rip``; ``mode``, such as "32-bit
-    code, no paging"; ``snapshot``: whether the VM can take any; ``active_cpus`` and ``suspended_cpus``: lists.
+    code, no paging"; ``snapshot``: whether the VM can take any; ``active_cpus`` and ``suspended_cpus``: lists. While a
+    snapshot is being written there are also ``snapshot_file``, its name, ``snapshot_done`` and ``snapshot_total``: how
+    many bytes of memory have been gone through, and of how many.
 
     REGS is answered with the numbers that bhyvectl shows, under its names: rip rsp rax rbx rcx rdx rsi rdi rbp r8 to
     r15 rflags cr0 cr2 cr3 cr4 efer dr0 to dr3 dr6 dr7; the selectors cs ds es fs gs ss tr ldtr, and for each of them
     ``cs_base``, ``cs_limit``, ``cs_access`` and so on (the limit in bytes, granularity applied; the access rights as a
     VMCS has them, Intel SDM vol. 3C, "Guest Register State", table "Format of Access Rights"); ``gdtr_base``,
     ``gdtr_limit``, ``idtr_base``, ``idtr_limit``.
+
+    START_CHECKPOINT and START_SUSPEND are answered with nothing, or with ``warning``: the snapshot is there, and a
+    sentence says what the user should know of it.
     """
 
-    START_CHECKPOINT = 0  # takes a CheckpointOp; empty
-    START_SUSPEND = 1  # takes a CheckpointOp; empty, and the VM is gone
+    START_CHECKPOINT = 0  # takes a CheckpointOp; see above
+    START_SUSPEND = 1  # takes a CheckpointOp; see above, and the VM is gone
     STATUS = 2  # see above
     REGS = 3  # takes a VcpuOp; see above
     PAUSE = 4  # empty
