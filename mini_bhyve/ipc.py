@@ -409,10 +409,15 @@ def init_ipc(
                 listener.bind(path)
             finally:
                 os.umask(mask)
-        return IpcServer(vmname, path, listener, commands, first)
-    except OSError as error:
+        try:
+            return IpcServer(vmname, path, listener, commands, first)
+        except (OSError, RuntimeError):  # there are no more descriptors, or no more threads
+            os.unlink(path)
+            raise
+    except (OSError, RuntimeError) as error:
         listener.close()
-        raise IpcError(f"cannot create the control socket {path}: {error.strerror or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise IpcError(f"cannot create the control socket {path}: {reason}") from None
     except IpcError:
         listener.close()
         raise
@@ -451,11 +456,14 @@ class IpcServer:
         self.waiting: deque[tuple[IpcMessage, Any]] = deque()  # and it is empty unless something is pending
         self._identity = _identity(path)
         self._owed = self._looked = self._used = 0.0  # see rest()
-        self._outlet = _new_socket()  # has no name: should an answer come to a VM, nobody answers that for ever
-        self._knock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._knock.connect(path)  # to wake the thread later, when the name may be gone already
-        self._thread = threading.Thread(target=ipc_thread, args=(self,), name="ipc", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            # Has no name: should an answer come to a VM, nobody answers that for ever.
+            self._outlet = undo.enter_context(_new_socket())
+            self._knock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            self._knock.connect(path)  # to wake the thread later, when the name may be gone already
+            self._thread = threading.Thread(target=ipc_thread, args=(self,), name="ipc", daemon=True)
+            self._thread.start()
+            undo.pop_all()
 
     def close(self) -> None:
         """End the thread: the request being served is finished and answered, those that wait are refused."""
