@@ -28,10 +28,12 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
 
 from mini_bhyve.ipc import (
     REPLY_TIMEOUT,
+    SNAPSHOT_TIMEOUT,
     TAKES_FILENAME,
     IpcError,
     IpcMessage,
     IpcOpcode,
+    NoAnswer,
     is_alive,
     remove_dead_socket,
     run_dir_for,
@@ -40,6 +42,7 @@ from mini_bhyve.ipc import (
     socket_path,
     vm_names,
 )
+from mini_bhyve.snapshot_files import KERN, META, RAM
 from mini_bhyve.snapshot_state import SnapshotError
 
 if TYPE_CHECKING:  # rich takes longer to load than a VM to answer, so whoever needs it imports it
@@ -168,6 +171,11 @@ class Progress(NamedTuple):
     total: int
 
     @classmethod
+    def asked_for(cls, path: str) -> Progress | None:
+        """What the VM says of it now. Raises IpcError if it says nothing."""
+        return cls.of(send_message(path, message_for(IpcOpcode.STATUS, 0), LIST_TIMEOUT))
+
+    @classmethod
     def of(cls, status: dict[str, Any]) -> Progress | None:
         """What an answer to STATUS tells of it; None if no snapshot is being written."""
         file, done, total = (status.get(f"snapshot_{name}") for name in cls._fields)
@@ -290,12 +298,22 @@ def diff(before: str, after: str, svg: str | None) -> dict[str, Any]:
     from mini_bhyve.snapshot_diff import compare
     from mini_bhyve.stopped_vm import StoppedVm
 
+    if svg is not None:
+        refuse_snapshot(svg, before, after)
     report = compare(StoppedVm(before), StoppedVm(after))
     if svg is not None:
         title = f"Memory: {os.path.basename(before):.40} and {os.path.basename(after):.40}"
         with open(svg, "w", encoding="utf-8") as file:
             file.write(picture_of(report, "changed").svg(title, pages_told(report, "changed", "differ")))
     return report
+
+
+def refuse_snapshot(svg: str, *snapshots: str) -> None:
+    """Leave the files of these snapshots alone, under whatever name. (A running VM may have its RAM in one.)"""
+    for snapshot in snapshots:
+        for part in (RAM, KERN, META):
+            if os.path.exists(svg) and os.path.exists(snapshot + part) and os.path.samefile(svg, snapshot + part):
+                raise SnapshotError(f"{svg} is a file of the snapshot {snapshot}, and no place for a picture")
 
 
 def show_inspection(report: dict[str, Any]) -> None:
@@ -476,7 +494,7 @@ def show_progress(path: str, over: threading.Event) -> None:
     bar = progress.Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
     try:
         while not over.wait(PROGRESS_INTERVAL):
-            written = Progress.of(send_message(path, message_for(IpcOpcode.STATUS, 0), LIST_TIMEOUT))
+            written = Progress.asked_for(path)
             if written:
                 task = bar.task_ids[0] if bar.tasks else bar.add_task("")
                 bar.update(task, description=str(written), completed=written.done, total=written.total, refresh=True)
@@ -488,19 +506,50 @@ def show_progress(path: str, over: threading.Event) -> None:
 
 
 def interrupted(path: str, file: str) -> str:
-    """What became of a request for a snapshot whose answer the user does not wait for."""
+    """What became of a request for a snapshot whose answer the user does not wait for.
+
+    One that was still waiting its turn is not carried out: whoever asked is gone by then.
+    """
     vm = os.path.basename(path)
     try:
-        written = Progress.of(send_message(path, message_for(IpcOpcode.STATUS, 0), LIST_TIMEOUT))
+        written = Progress.asked_for(path)
     except IpcError:
         if not is_alive(path):
             return f"VM {vm!r}, which was asked for a snapshot to {file}, has ended"
     else:
         if not written:
-            return f"VM {vm!r} is not writing a snapshot: it has finished, or not begun"
-        if written.file == file:
-            return f"VM {vm!r} goes on writing the snapshot, so far {written}: `ctl.py status {vm}` tells"
+            return f"VM {vm!r} is not writing a snapshot: that to {file} has finished, or will not be done"
+        if written.file != file:
+            other = f"VM {vm!r} is writing another snapshot, {written}"
+            return f"{other}: that to {file} had not begun, and will not be done"
+        return f"VM {vm!r} goes on writing the snapshot, so far {written}: `ctl.py status {vm}` tells"
     return f"VM {vm!r} was asked for a snapshot to {file} and may still be writing it: `ctl.py status {vm}` tells"
+
+
+def have_done(path: str, opcode: IpcOpcode, cpu: int) -> dict[str, Any]:
+    """Have a VM do something; if it is writing a snapshot, after that. Raises IpcError if it is not done.
+
+    While it writes, a request waits its turn, and then is passed over if whoever asked has given up: to ask once more
+    does not have it done twice.
+    """
+    message = message_for(opcode, cpu)
+    try:
+        return send_message(path, message)
+    except NoAnswer:
+        written = None
+        with contextlib.suppress(IpcError):
+            written = Progress.asked_for(path)
+        if not written:
+            raise
+    writing = f"writing a snapshot to {visible(written.file)}"
+    vm = os.path.basename(path)
+    if sys.stderr.isatty():
+        print(f"ctl.py: VM {vm!r} is {writing}; {opcode.name} comes after it", file=sys.stderr)
+    try:
+        with progress_shown(path):
+            return send_message(path, message, SNAPSHOT_TIMEOUT)
+    except (NoAnswer, KeyboardInterrupt):
+        raise IpcError(f"VM {vm!r} is busy {writing}, and {opcode.name} has not been done") from None
 
 
 def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: int = 0) -> dict[str, Any]:
@@ -520,7 +569,7 @@ def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: i
         result["done"] = f"VM {vm!r} was dead, and its socket {path} is removed"
         return result
     else:
-        reply = send_message(path, message_for(action.opcode, cpu))
+        reply = have_done(path, action.opcode, cpu)
     result["done"] = action.done.format(cpu=cpu, **result)
     if "warning" in reply:
         result["warning"] = str(reply["warning"])

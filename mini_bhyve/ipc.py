@@ -95,6 +95,10 @@ MAX_WAITING = 100
 SHARE = 0.2
 AT_ONCE = 0.002
 
+#: A client's socket that nobody has open is removed if its name is so many seconds old. (One that is being made has
+#: its name a moment before it can be reached.)
+DEAD_AFTER = 60.0
+
 #: Seconds to wait for somebody else to be done with the names in the run directory, which takes a moment.
 LOCK_TIMEOUT = 5.0
 
@@ -116,6 +120,10 @@ class IpcError(Exception):
     """Why a command was refused, or could not be delivered: one sentence."""
 
 
+class NoAnswer(IpcError):
+    """A VM is there, but has not answered in time."""
+
+
 # --- ipc.h: the messages ---------------------------------------------------------------------------------------------
 
 
@@ -124,17 +132,22 @@ class IpcOpcode(enum.IntEnum):
 
     STATUS is answered with ``name``; ``state``: "running", "paused" or "halted"; ``pid``; ``ncpus``; ``memory`` in
     bytes; ``instructions`` executed so far; ``time_ns``, virtual, since power-on; ``rip``; ``mode``, such as "32-bit
-    code, no paging"; ``snapshot``: whether the VM can take any; ``active_cpus`` and ``suspended_cpus``: lists.
+    code, no paging"; ``snapshot``: whether the VM can take any; ``active_cpus`` and ``suspended_cpus``: lists. While a
+    snapshot is being written there are also ``snapshot_file``, its name, ``snapshot_done`` and ``snapshot_total``: how
+    many bytes of memory have been gone through, and of how many.
 
     REGS is answered with the numbers that bhyvectl shows, under its names: rip rsp rax rbx rcx rdx rsi rdi rbp r8 to
     r15 rflags cr0 cr2 cr3 cr4 efer dr0 to dr3 dr6 dr7; the selectors cs ds es fs gs ss tr ldtr, and for each of them
     ``cs_base``, ``cs_limit``, ``cs_access`` and so on (the limit in bytes, granularity applied; the access rights as a
     VMCS has them, Intel SDM vol. 3C, "Guest Register State", table "Format of Access Rights"); ``gdtr_base``,
     ``gdtr_limit``, ``idtr_base``, ``idtr_limit``.
+
+    START_CHECKPOINT and START_SUSPEND are answered with nothing, or with ``warning``: the snapshot is there, and a
+    sentence says what the user should know of it.
     """
 
-    START_CHECKPOINT = 0  # takes a CheckpointOp; empty
-    START_SUSPEND = 1  # takes a CheckpointOp; empty, and the VM is gone
+    START_CHECKPOINT = 0  # takes a CheckpointOp; see above
+    START_SUSPEND = 1  # takes a CheckpointOp; see above, and the VM is gone
     STATUS = 2  # see above
     REGS = 3  # takes a VcpuOp; see above
     PAUSE = 4  # empty
@@ -326,6 +339,17 @@ def remove_dead_socket(path: str) -> bool:
     return False
 
 
+def _remove_dead_clients(run_dir: str) -> None:
+    """Remove the sockets that killed clients of this user left behind. What cannot be removed is no harm."""
+    with contextlib.suppress(OSError), os.scandir(run_dir) as entries:
+        for entry in entries:
+            if len(entry.name) == CLIENT_NAME_SIZE and entry.name.startswith("."):
+                found = entry.stat(follow_symlinks=False)
+                ours = stat.S_ISSOCK(found.st_mode) and found.st_uid == os.getuid()
+                if ours and time.time() - found.st_mtime > DEAD_AFTER and not is_alive(entry.path):
+                    os.unlink(entry.path)
+
+
 @contextlib.contextmanager
 def _locked(directory: str) -> Iterator[None]:
     """Nobody else replaces dead sockets here meanwhile: between the look and the unlink() a VM could have come."""
@@ -361,8 +385,9 @@ def init_ipc(
     ``first`` is something that the VM has under way already: until it is finished, requests wait as they do while an
     answer is pending. What comes of it is for whoever started it to see.
 
-    The directory is made (0700) if it is not there; the socket has mode 0600. Call this while there is no other
-    thread yet that creates files, for the file mode mask belongs to the whole process.
+    The directory is made (0700) if it is not there, and what killed clients left in it is removed; the socket has mode
+    0600. Call this while there is no other thread yet that creates files, for the file mode mask belongs to the whole
+    process.
 
     Raises IpcError if the name cannot be used, or a living VM has it.
     """
@@ -372,6 +397,7 @@ def init_ipc(
         _know_senders(listener)  # before there is a name to send to
         _make_run_dir(run_dir)
         with _locked(run_dir):
+            _remove_dead_clients(run_dir)
             if os.path.lexists(path):
                 if not stat.S_ISSOCK(os.lstat(path).st_mode):
                     raise IpcError(f"{path} is in the way of the control socket, and not a socket")
@@ -383,10 +409,15 @@ def init_ipc(
                 listener.bind(path)
             finally:
                 os.umask(mask)
-        return IpcServer(vmname, path, listener, commands, first)
-    except OSError as error:
+        try:
+            return IpcServer(vmname, path, listener, commands, first)
+        except (OSError, RuntimeError):  # there are no more descriptors, or no more threads
+            os.unlink(path)
+            raise
+    except (OSError, RuntimeError) as error:
         listener.close()
-        raise IpcError(f"cannot create the control socket {path}: {error.strerror or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise IpcError(f"cannot create the control socket {path}: {reason}") from None
     except IpcError:
         listener.close()
         raise
@@ -425,11 +456,14 @@ class IpcServer:
         self.waiting: deque[tuple[IpcMessage, Any]] = deque()  # and it is empty unless something is pending
         self._identity = _identity(path)
         self._owed = self._looked = self._used = 0.0  # see rest()
-        self._outlet = _new_socket()  # has no name: should an answer come to a VM, nobody answers that for ever
-        self._knock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._knock.connect(path)  # to wake the thread later, when the name may be gone already
-        self._thread = threading.Thread(target=ipc_thread, args=(self,), name="ipc", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            # Has no name: should an answer come to a VM, nobody answers that for ever.
+            self._outlet = undo.enter_context(_new_socket())
+            self._knock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            self._knock.connect(path)  # to wake the thread later, when the name may be gone already
+            self._thread = threading.Thread(target=ipc_thread, args=(self,), name="ipc", daemon=True)
+            self._thread.start()
+            undo.pop_all()
 
     def close(self) -> None:
         """End the thread: the request being served is finished and answered, those that wait are refused."""
@@ -648,7 +682,8 @@ def send_message(path: str, message: IpcMessage, timeout: float = REPLY_TIMEOUT)
 
     The address that the answer comes to is a socket beside the VM's, under a hidden name, for the time of the call.
 
-    Raises IpcError with what the VM gave as the error, or if there is no VM, or it does not answer, or ends first.
+    Raises IpcError with what the VM gave as the error, or if there is no VM, or it ends first; NoAnswer, which is one
+    as well, if the time is up.
     """
     run_dir, vmname = os.path.split(path)
     address = os.path.join(run_dir, f".{os.urandom(4).hex()}")  # CLIENT_NAME_SIZE bytes
@@ -665,7 +700,7 @@ def send_message(path: str, message: IpcMessage, timeout: float = REPLY_TIMEOUT)
         except ConnectionError:
             raise IpcError(f"VM {vmname!r} is dead: no process has its socket {path} open") from None
         except socket.timeout:
-            raise IpcError(f"VM {vmname!r} does not answer: nothing came within {timeout:g} seconds") from None
+            raise NoAnswer(f"VM {vmname!r} does not answer: nothing came within {timeout:g} seconds") from None
         except nvlist.NvlistError as error:
             raise IpcError(f"the answer of VM {vmname!r} is not an nvlist: {error}") from None
         except OSError as error:

@@ -4,7 +4,7 @@
 
 Each request is told on standard output, one JSON object a line, after a first line "ready". "busy" computes without a
 pause, as a virtual CPU does, and tells nothing; "slow" takes half a second over a snapshot; "refuse" refuses all but
-status; "deaf" stops reading the socket; "writing" takes two seconds over a snapshot, and tells meanwhile how far it is.
+status; "deaf" stops reading the socket; "writing" takes two seconds over a snapshot, and only looks meanwhile.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
+import select
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
-from mini_bhyve import nvlist
 from mini_bhyve.ipc import ENDS_VM, TAKES_FILENAME, IpcError, IpcMessage, IpcOpcode, init_ipc
 
 NUMBERS = "rip rsp rax rbx rcx rdx rsi rdi rbp r8 r9 r10 r11 r12 r13 r14 r15 rflags cr0 cr2 cr3 cr4 efer".split()
@@ -86,40 +86,44 @@ WRITING_TIME = 2.0  # seconds
 SNAPSHOT_SIZE = 64 << 20
 
 
-def serve_while_writing(run_dir: str, name: str) -> None:
-    """Answer STATUS at once, also while a snapshot is being written, and the request for that when it is there.
+class Writing:
+    """The answer to a request for a snapshot that takes WRITING_TIME; `complete` is called when it is there."""
 
-    Not by init_ipc(), whose commands wait for each other.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind(os.path.join(run_dir, name))
-        print("ready", flush=True)
-        began, file, writer = 0.0, "", None
-        while True:
-            listener.settimeout(0.01)
-            with contextlib.suppress(socket.timeout):
-                datagram, sender = listener.recvfrom(2048)
-                message = IpcMessage.from_datagram(datagram)
-                if message.code in TAKES_FILENAME:
-                    began, file, writer = time.monotonic(), message.filename, sender
-                    print(json.dumps({"opcode": IpcOpcode(message.code).name, "filename": file}), flush=True)
-                else:
-                    done = int((time.monotonic() - began) / WRITING_TIME * SNAPSHOT_SIZE)
-                    progress = {"snapshot_file": file, "snapshot_done": done, "snapshot_total": SNAPSHOT_SIZE}
-                    listener.sendto(nvlist.pack({**status(name), **(progress if writer else {})}), sender)
-            if writer and time.monotonic() >= began + WRITING_TIME:
-                with contextlib.suppress(OSError):  # it has not waited
-                    listener.sendto(nvlist.pack({}), writer)
-                writer = None
+    def __init__(self, file: str, complete: Callable[[], None]) -> None:
+        self.file, self.complete, self.began = file, complete, time.monotonic()
+        self.reader, writer = os.pipe()
+        threading.Timer(WRITING_TIME, os.close, [writer]).start()  # the end of the file is there to be read
+
+    def fileno(self) -> int:
+        return self.reader
+
+    def finished(self) -> bool:
+        return bool(select.select([self.reader], [], [], 0)[0])
+
+    def wait(self) -> None:
+        select.select([self.reader], [], [])
+
+    def answer(self) -> None:
+        os.close(self.reader)
+        self.complete()
+
+    def progress(self) -> dict[str, object]:
+        """What STATUS has of it."""
+        done = int((time.monotonic() - self.began) / WRITING_TIME * SNAPSHOT_SIZE)
+        return {"snapshot_file": self.file, "snapshot_done": done, "snapshot_total": SNAPSHOT_SIZE}
 
 
 def main(run_dir: str, name: str, *behaviour: str) -> None:
-    if "writing" in behaviour:
-        serve_while_writing(run_dir, name)
     ended = threading.Event()
     paused = threading.Event()
+    writing: list[Writing] = []  # one, or none
 
-    def serve(message: IpcMessage) -> dict[str, object]:
+    def written(opcode: IpcOpcode) -> None:
+        writing.clear()
+        if opcode in ENDS_VM:
+            ended.set()
+
+    def serve(message: IpcMessage) -> dict[str, object] | Writing:
         opcode = IpcOpcode(message.code)
         request = {"opcode": opcode.name, "vcpuid": message.data.vcpu.vcpuid}
         if opcode in TAKES_FILENAME:
@@ -132,6 +136,9 @@ def main(run_dir: str, name: str, *behaviour: str) -> None:
             raise IpcError("snapshots are switched off (-o snapshot=false)")
         if "slow" in behaviour and opcode in TAKES_FILENAME:
             time.sleep(0.5)
+        if "writing" in behaviour and opcode in TAKES_FILENAME:
+            writing.append(Writing(message.filename, lambda: written(opcode)))
+            return writing[0]
         if opcode in ENDS_VM:
             ended.set()
         if opcode == IpcOpcode.PAUSE:
@@ -141,7 +148,8 @@ def main(run_dir: str, name: str, *behaviour: str) -> None:
         if opcode == IpcOpcode.REGS:
             return dict(registers(message.data.vcpu.vcpuid))
         if opcode == IpcOpcode.STATUS:
-            return status(name, paused.is_set(), "refuse" not in behaviour)
+            progress = writing[0].progress() if writing else {}
+            return {**status(name, paused.is_set(), "refuse" not in behaviour), **progress}
         return {}
 
     server = init_ipc(name, run_dir, dict.fromkeys(IpcOpcode, serve))

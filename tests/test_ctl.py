@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from fake_vm import SNAPSHOT_SIZE, fake_vm, registers
+from vm_tools import wait_until
 
 import ctl
 from mini_bhyve import ipc
@@ -333,10 +335,75 @@ def test_an_interrupted_request_to_a_vm_that_does_not_answer_says_that_it_may_st
 
 def test_what_became_of_an_interrupted_request_is_told_also_if_nothing_is_being_written(run_dir, vm):
     path = os.path.join(run_dir, "vm")
-    assert ctl.interrupted(path, "/vm.ckp") == "VM 'vm' is not writing a snapshot: it has finished, or not begun"
+    assert ctl.interrupted(path, "/vm.ckp") == (
+        "VM 'vm' is not writing a snapshot: that to /vm.ckp has finished, or will not be done"
+    )
     vm.kill()
     vm.wait()
     assert ctl.interrupted(path, "/vm.ckp") == "VM 'vm', which was asked for a snapshot to /vm.ckp, has ended"
+
+
+@behaving("writing")
+def test_an_interrupted_request_that_waited_for_another_snapshot_is_said_not_to_be_done_and_is_not(run, run_dir, vm):
+    with run_process("checkpoint", "vm", "/first.ckp", "--rundir", run_dir) as first:
+        vm.next_request()
+        with run_process("checkpoint", "vm", "/second.ckp", "--rundir", run_dir) as second:
+            wait_until(lambda: len(os.listdir(run_dir)) == 3)  # it has an address, and says next what it wants
+            time.sleep(0.3)
+            second.send_signal(signal.SIGINT)
+            out, err = second.communicate(timeout=20)
+        assert first.wait(20) == 0
+    assert (second.returncode, out) == (1, "")
+    assert re.fullmatch(
+        r"ctl.py: interrupted; VM 'vm' is writing another snapshot, \d+ of 64 MB to /first.ckp: "
+        r"that to /second.ckp had not begun, and will not be done\n",
+        err,
+    )
+    run("pause", "vm")
+    assert [vm.next_request()["opcode"] for _ in range(2)] == ["STATUS", "PAUSE"]
+
+
+@contextlib.contextmanager
+def vm_that_writes(run_dir, vm, monkeypatch):
+    """Meanwhile the VM writes a snapshot, and ctl.py waits less for answers than that takes."""
+    monkeypatch.setattr(ipc.send_message, "__defaults__", (0.3,))
+    with run_process("checkpoint", "vm", "/vm.ckp", "--rundir", run_dir) as process:
+        vm.next_request()
+        yield
+        process.communicate(timeout=20)
+
+
+@behaving("writing")
+@pytest.mark.parametrize("arguments", [["inject-nmi", "vm"], ["--vm=vm", "--destroy"]])
+def test_what_a_vm_is_to_do_while_it_writes_a_snapshot_is_done_once_as_soon_as_that_is_there(
+    run, run_dir, vm, monkeypatch, arguments
+):
+    with vm_that_writes(run_dir, vm, monkeypatch):
+        status, out, err = run(*arguments)
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    vm.kill()
+    requests = [json.loads(line)["opcode"] for line in vm.stdout]
+    assert len(requests) == 2 and requests[0] == "STATUS", "the snapshot's progress was asked for; then this was done"
+
+
+@behaving("writing")
+def test_at_a_terminal_it_is_told_what_is_waited_for(run, run_dir, vm, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(ctl, "PROGRESS_AFTER", 60)
+    with vm_that_writes(run_dir, vm, monkeypatch):
+        status, out, err = run("pause", "vm")
+    assert (status, out) == (0, "VM 'vm' is paused\n")
+    assert err == "ctl.py: VM 'vm' is writing a snapshot to /vm.ckp; PAUSE comes after it\n"
+
+
+@behaving("writing")
+def test_what_a_vm_that_writes_a_snapshot_does_not_come_to_is_told_not_to_be_done(run, run_dir, vm, monkeypatch):
+    monkeypatch.setattr(ctl, "SNAPSHOT_TIMEOUT", 0.3)
+    with vm_that_writes(run_dir, vm, monkeypatch):
+        status, out, err = run("poweroff", "vm")
+    assert (status, out) == (1, "")
+    assert err == "ctl.py: VM 'vm' is busy writing a snapshot to /vm.ckp, and POWEROFF has not been done\n"
+    assert run("status", "vm")[0] == 0, "nor is it done later"
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -366,7 +433,10 @@ def test_a_dead_vm_is_one_sentence_and_status_1(run, run_dir, command):
 
 @pytest.mark.parametrize("arguments", [["status", "vm"], ["regs", "vm"], ["pause", "vm"], ["--vm=vm", "--get-rip"]])
 def test_a_vm_that_does_not_answer_is_one_sentence_and_status_1(run, run_dir, monkeypatch, arguments):
-    monkeypatch.setattr(ctl, "send_message", lambda path, message, *timeout: ipc.send_message(path, message, 0.1))
+    def soon(path, message, timeout=ipc.REPLY_TIMEOUT):
+        return ipc.send_message(path, message, timeout / 50)
+
+    monkeypatch.setattr(ctl, "send_message", soon)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
         deaf.bind(os.path.join(run_dir, "vm"))
         assert run(*arguments) == (1, "", "ctl.py: VM 'vm' does not answer: nothing came within 0.1 seconds\n")

@@ -1,6 +1,7 @@
 """The control socket from both ends, with handlers of the test's own in place of a machine."""
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -71,6 +72,10 @@ class Client(socket.socket):
     def ask(self, datagram):
         self.send(datagram)
         return nvlist.unpack(self.recv(65536))
+
+
+def raise_(error):
+    raise error
 
 
 def whole(opcode, filename=b""):
@@ -384,6 +389,26 @@ def test_a_name_that_would_lead_elsewhere_or_cannot_be_shown_is_refused(run_dir,
     with pytest.raises(IpcError, match="the name of a VM"):
         init_ipc(name, run_dir, {})
     assert os.listdir(run_dir) == []
+
+
+@pytest.mark.parametrize("lacking", ["thread", "descriptor"])
+def test_a_socket_that_nobody_can_serve_is_gone_again_and_a_sentence_says_why(run_dir, monkeypatch, lacking):
+    def no_thread(thread):
+        raise RuntimeError("can't start new thread")
+
+    if lacking == "thread":
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        reason = "can't start new thread"
+    else:
+        ours = iter([ipc._new_socket()])  # the listener; there is none for the answers
+        failure = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        monkeypatch.setattr(ipc, "_new_socket", lambda: next(ours, None) or raise_(failure))
+        reason = os.strerror(errno.EMFILE)
+    before = len(os.listdir("/dev/fd")) - (lacking == "descriptor")
+    with pytest.raises(IpcError, match=f"^cannot create the control socket {run_dir}/vm: {reason}$"):
+        init_ipc("vm", run_dir, {})
+    assert os.listdir(run_dir) == []
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_the_directory_and_the_socket_are_for_their_owner_only(run_dir):

@@ -332,6 +332,51 @@ def test_a_vm_that_was_killed_leaves_a_name_that_can_be_cleared_or_taken(run_dir
     assert os.listdir(run_dir) == []
 
 
+KILLED_CLIENT = """
+import sys
+from mini_bhyve.ipc import IpcMessage, IpcOpcode, send_message
+send_message(sys.argv[1], IpcMessage(code=IpcOpcode.STATUS), 60)
+"""
+
+
+def test_the_next_vm_removes_the_addresses_of_clients_that_were_killed_and_of_nobody_else(run_dir):
+    deaf = os.path.join(run_dir, "deaf")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as vm:
+        vm.bind(deaf)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen([sys.executable, "-c", KILLED_CLIENT, deaf], env=environment) as process:
+            vm.recv(2048)
+            process.kill()
+    (left,) = (name for name in os.listdir(run_dir) if name.startswith("."))
+    for name in (".shorter", ".another-", "without.d"):  # dead as well, but not a client's, or not by its name
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as dead:
+            dead.bind(os.path.join(run_dir, name))
+    Path(run_dir, ".01234567").write_text("no socket")
+    Path(run_dir, ".12345678").symlink_to(left)
+    kept = set(os.listdir(run_dir)) - {left, ".another-"}
+    with client(run_dir, ".abcdefgh"):
+        init_ipc("vm", run_dir, {}).close()
+        assert left in os.listdir(run_dir), "it has only just come, and may not have its address yet"
+        for name in os.listdir(run_dir):
+            os.utime(os.path.join(run_dir, name), (0, 0), follow_symlinks=False)
+        init_ipc("vm", run_dir, {}).close()
+        assert set(os.listdir(run_dir)) == kept | {".abcdefgh"}
+
+
+@needs_root
+def test_what_a_client_of_another_user_left_behind_stays(run_dir):
+    path = os.path.join(run_dir, ".01234567")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as dead:
+        dead.bind(path)
+    os.utime(path, (0, 0))
+    os.chown(path, 65534, 65534)
+    init_ipc("vm", run_dir, {}).close()
+    assert os.listdir(run_dir) == [".01234567"]
+    os.chown(path, 0, 0)
+    init_ipc("vm", run_dir, {}).close()
+    assert os.listdir(run_dir) == []
+
+
 # --- What else may be sent --------------------------------------------------------------------------------------------
 
 

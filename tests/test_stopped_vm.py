@@ -324,6 +324,19 @@ def test_an_svg_that_cannot_be_written_is_one_sentence_and_status_1(run, countin
     )
 
 
+@pytest.mark.parametrize("part", ["", ".kern", ".meta"])
+def test_an_svg_over_a_file_of_the_snapshots_is_refused_whatever_name_it_is_given(run, counting, tmp_path, part):
+    before, after = (save(boot("counter"), tmp_path / name) for name in ("a", "b"))
+    contents = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "symbolic").symlink_to(after + part)
+    os.link(before + part, tmp_path / "hard")
+    for svg, file in ((after + part, after), (tmp_path / "symbolic", after), (tmp_path / "hard", before)):
+        status, out, err = run("diff", before, after, "--svg", svg)
+        assert (status, out) == (1, "")
+        assert err == f"ctl.py: {svg} is a file of the snapshot {file}, and no place for a picture\n"
+    assert all(path.read_bytes() == content for path, content in contents.items())
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
