@@ -54,6 +54,7 @@ from mini_bhyve.registers import (
     EFER_LMA,
     EFER_LME,
 )  # fmt: skip
+from mini_bhyve.translate import SLICE, Translator
 
 if TYPE_CHECKING:
     from mini_bhyve.start import Start
@@ -70,8 +71,8 @@ class Cpu(MemoryAccess):
         "flags", "flat_stack", "fpu", "gdtr_base", "gdtr_limit", "halted", "idtr_base", "idtr_limit",
         "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode",
         "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "regs", "retired", "running",
-        "segments", "stack_mask", "task_priority_changed", "tell_absent", "tr", "traps_from", "tsc_offset",
-        "user_access", "words16", "words32", "words64", "write_tlb",
+        "segments", "stack_mask", "task_priority_changed", "tell_absent", "tr", "translator", "traps_from",
+        "tsc_offset", "user_access", "words16", "words32", "words64", "write_tlb",
     )  # fmt: skip
 
     name = "vmcx"  # bhyve's name for a vCPU's registers in a snapshot
@@ -101,6 +102,7 @@ class Cpu(MemoryAccess):
         self.running: Block | None = None
         # RAX ... RDI are as wide as the mode says; R8 ... R15 keep their 64 bits. The last is always zero.
         self.regs = [Register(32) for _ in range(8)] + [Register(64) for _ in range(9)]
+        self.translator = Translator(self)
         self._system_flags = 0
         self.reset()
 
@@ -209,7 +211,10 @@ class Cpu(MemoryAccess):
                 register.set_width(register_width)
         self.linear_mask = MASKS[64] if self.code_size == 64 else MASKS[32]
         self.flat_stack = (ss.flat or self.code_size == 64) and self.stack_mask > 0xFFFF
-        self.mode = Mode(self.code_size, self.stack_mask, flat, self.cpl == 3, code_base, not self.protected_mode)
+        self.mode = Mode(
+            self.code_size, self.stack_mask, flat, self.cpl == 3, code_base, self.code_limit, not self.protected_mode,
+            self.long_mode,
+        )  # fmt: skip
         self.update_user_access()
         self.code = self.code_cache.lookup(self.mode)
 
@@ -528,7 +533,12 @@ class Cpu(MemoryAccess):
                 interrupts.deliver_debug_trap(self)
 
     def run_blocks(self, limit: int) -> None:
-        """The loop that all is about: block after block, until `limit` or `attention`."""
+        """The loop that all is about: block after block, until `limit` or `attention`.
+
+        Where a block has been translated, and there are instructions enough left, its translation runs in its place,
+        unless that has just been left, for then the interpreter must do the next instruction.
+        """
+        just_left = False
         while self.retired < limit and not self.attention:
             try:
                 try:
@@ -536,16 +546,28 @@ class Cpu(MemoryAccess):
                 except KeyError:
                     self.running = None
                     block = self.code_cache.find()
+                left = limit - self.retired
+                if block.longest <= left and not just_left:
+                    self.running = None
+                    left = min(left, SLICE)
+                    self.retired += left
+                    self.retired -= block.function(block.entry, left)  # type: ignore[misc]
+                    continue
+                just_left = False
+                block.heat -= 1
+                if not block.heat:
+                    self.translator.translate(block)
+                    continue
                 self.running = block
                 steps: Iterable[Step] = block.steps
-                end = self.retired + block.length
-                if end > limit:
-                    end = limit
-                    steps = itertools.islice(steps, limit - self.retired)
+                if block.length > left:
+                    steps = itertools.islice(steps, left)
+                else:
+                    left = block.length
                 for definition, arguments, self.next_ip in steps:
                     definition(*arguments)
                 if block.steps:
-                    self.retired = end
+                    self.retired += left
                 else:  # it has been emptied, and so ended early: it wrote into itself, or to a device
                     self.retired += self.code_cache.ended_after
                     self.code_cache.put_back(block)
@@ -553,6 +575,9 @@ class Cpu(MemoryAccess):
             except GuestFault as fault:
                 self.undo_until_fault()
                 interrupts.deliver_fault(self, fault)
+            except KeyError as error:
+                self.translator.leave(error)
+                just_left = True
             except VmExit:
                 self.undo_until_fault()
                 raise
