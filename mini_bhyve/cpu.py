@@ -70,9 +70,10 @@ class Cpu(MemoryAccess):
         "code_cache", "code_limit", "code_size", "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer",
         "flags", "flat_stack", "fpu", "gdtr_base", "gdtr_limit", "halted", "idtr_base", "idtr_limit",
         "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode",
-        "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "regs", "retired", "running",
-        "segments", "stack_mask", "task_priority_changed", "tell_absent", "tr", "translator", "traps_from",
+        "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "read_words", "regs", "retired",
+        "running", "segments", "stack_mask", "task_priority_changed", "tell_absent", "tr", "translator", "traps_from",
         "tsc_offset", "user_access", "words16", "words32", "words64", "write_tlb",
+        "write_words",
     )  # fmt: skip
 
     name = "vmcx"  # bhyve's name for a vCPU's registers in a snapshot
@@ -230,7 +231,9 @@ class Cpu(MemoryAccess):
             self.user_access = USER_ACCESS
         else:
             self.user_access = SMAP_OVERRIDE if self.cr4 & CR4_SMAP and self.system_flags & fl.AC else 0
-        self.read_tlb, self.write_tlb = self.mmu.read_tlb[self.user_access], self.mmu.write_tlb[self.user_access]
+        mmu, whose = self.mmu, self.user_access
+        self.read_tlb, self.write_tlb = mmu.read_tlb[whose], mmu.write_tlb[whose]
+        self.read_words, self.write_words = mmu.read_words[whose], mmu.write_words[whose]
 
     def flush_tlb(self) -> None:
         """Forget all translations, and which code lies at which address."""

@@ -336,7 +336,7 @@ def strip(value: Value, mask: int) -> Value:
 
 
 def _same(a: tuple[Value, ...], b: tuple[Value, ...]) -> bool:
-    return all(x is y for x, y in zip(a, b))
+    return all(x is y if isinstance(x, Symbol) or isinstance(y, Symbol) else x == y for x, y in zip(a, b))
 
 
 def bit_or(a: Value, b: Value) -> Value:
@@ -447,6 +447,18 @@ def compare_difference(name: str, masked: Symbol) -> Symbol:
     if min(_ones(a), _ones(b)) < 0 or (_ones(a) | _ones(b)) & ~mask:
         return Symbol(name, (masked, 0), 1)
     return Symbol(name, (a, b), 1)
+
+
+def divide(value: Value, size: int) -> Value | None:
+    """A part `size` of a value, if it is a sum of multiples of it: the number of an element, of its address."""
+    if not isinstance(value, Symbol):
+        return None if value % size else value // size
+    if value.operation == "*" and not isinstance(value.operands[1], Symbol) and value.operands[1] % size == 0:
+        return value.operands[0] * (value.operands[1] // size)
+    if value.operation == "+":
+        a, b = (divide(operand, size) for operand in value.operands)
+        return None if a is None or b is None else a + b
+    return None
 
 
 # --- The flags that a translation begins with -------------------------------------------------------------------------

@@ -57,7 +57,7 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
 from mini_bhyve import flags as fl
 from mini_bhyve import segmentation as seg
@@ -71,6 +71,7 @@ from mini_bhyve.symbols import (
     Symbol,
     Value,
     carry_flag,
+    divide,
     evaluate,
     explicit_flags,
     negate,
@@ -109,6 +110,9 @@ MANY_TROUBLES, RARE_TROUBLE = 20, 200
 # --- Writing Python ---------------------------------------------------------------------------------------------------
 
 
+# What has a name already, or is known to be true or false: by the identity of a symbol, or what a condition is made of.
+Scope = dict[Union[int, tuple], str]
+
 ARRAYS = {8: "bytes8", 16: "words16", 32: "words32", 64: "words64"}
 VARIABLES = re.compile(r"\b[a-z_]\w*")
 LONGEST_TEXT = 100  # characters of an expression: beyond that, its parts get names
@@ -132,6 +136,7 @@ class Writer:
         self.first_flags = first_flags
         self.lines: list[Line] = []
         self.uses: dict[int, int] = {}
+        self.numbers: dict[int, Symbol] = {}  # of elements of arrays, by the identity of their address
         self.temporaries = 0
         self.needs_flags: dict[Value, bool] = {tree.head: self.uses_first_flags(tree) for tree in trees}
         for tree in trees:
@@ -139,11 +144,12 @@ class Writer:
 
     def write(self) -> list[Line]:
         """The whole function."""
-        for number, tree in enumerate(self.trees):
-            self.ip: int | None = None
-            self.line(2, f"{'elif' if number else 'if'} entry == {number}:")
-            self.entry = number
-            self.write_way(tree.way, 3, {})
+        self.ip: int | None = None
+        for entry, tree in enumerate(self.trees):
+            self.ip, self.entry = None, entry
+            if len(self.trees) > 1:
+                self.line(2, f"{'elif' if entry else 'if'} entry == {entry}:")
+            self.write_way(tree.way, 3 if len(self.trees) > 1 else 2, {})
         body, self.lines, self.ip = self.lines, [], None
         used = {name for line in body for name in VARIABLES.findall(line.text)}
         assigned = {name for line in body for name in re.findall(r"^ *(\w+) = ", line.text)}
@@ -154,7 +160,7 @@ class Writer:
             self.line(1, f"{name} = {name.upper()}.value")
         if flags:
             self.line(1, f"{', '.join(FLAG_NAMES)} = cpu.flags")
-        for name in ("read_tlb", "write_tlb", *ARRAYS.values()):
+        for name in ("read_tlb", "write_tlb", "read_words", "write_words", *ARRAYS.values()):
             if name in used:
                 self.line(1, f"{name} = cpu.{name}")
         for index in (seg.FS, seg.GS):
@@ -229,7 +235,7 @@ class Writer:
 
     # --- Expressions ------------------------------------------------------------------------------------------------
 
-    def text(self, value: Value | None, scope: dict[int, str], binding: int = 0) -> str:
+    def text(self, value: Value | None, scope: Scope, binding: int = 0) -> str:
         """An expression, in parentheses if it binds less tightly than it has to."""
         if not isinstance(value, Symbol):
             if value is None or isinstance(value, bool) or abs(value) < 10:
@@ -241,6 +247,8 @@ class Writer:
             return scope[id(value)]
         if isinstance(value, Name):
             return value.name
+        if value.condition and self.key(value) in scope:
+            return scope[self.key(value)]
         operation = OPERATIONS[value.operation]
         a, *rest = value.operands
         if value.operation == "+" and not isinstance(rest[0], Symbol) and rest[0] < 0:
@@ -253,7 +261,12 @@ class Writer:
             text = operation.template.format(self.text(a, scope, first), *others)
         return f"({text})" if operation.binding < binding else text
 
-    def truth(self, condition: Value, scope: dict[int, str]) -> str:
+    def key(self, condition: Symbol) -> tuple:
+        """What two symbols of one condition have in common."""
+        operands = (id(each) if isinstance(each, Symbol) else str(each) for each in condition.operands)
+        return (condition.operation, *operands)
+
+    def truth(self, condition: Value, scope: Scope) -> str:
         """A condition behind `if`, where a number that is not 0 is true as well."""
         if isinstance(condition, Symbol) and id(condition) not in scope and condition.operation in ("==", "!="):
             number, other = condition.operands
@@ -261,9 +274,9 @@ class Writer:
                 return ("not " if condition.operation == "==" else "") + self.text(number, scope, 1)
         return self.text(condition, scope)
 
-    def name_parts(self, value: Value | None, indent: int, scope: dict[int, str]) -> int:
+    def name_parts(self, value: Value | None, indent: int, scope: Scope) -> int:
         """Give names to the parts of an expression that are used more than once; the length of what is left."""
-        if not isinstance(value, Symbol) or isinstance(value, Name) or id(value) in scope:
+        if not isinstance(value, Symbol) or isinstance(value, Name) or id(value) in scope or self.key(value) in scope:
             return 8
         length = 4 + sum(self.name_parts(operand, indent, scope) for operand in value.operands)
         if self.uses.get(id(value), 1) > 1 or length > LONGEST_TEXT:
@@ -271,7 +284,7 @@ class Writer:
             return 8
         return length
 
-    def give_name(self, value: Symbol, indent: int, scope: dict[int, str]) -> str:
+    def give_name(self, value: Symbol, indent: int, scope: Scope) -> str:
         self.temporaries += 1
         name = f"t{self.temporaries}"
         self.line(indent, f"{name} = {self.text(value, scope)}")
@@ -280,7 +293,7 @@ class Writer:
 
     # --- Ways -------------------------------------------------------------------------------------------------------
 
-    def write_way(self, way: list, indent: int, scope: dict[int, str]) -> None:
+    def write_way(self, way: list, indent: int, scope: Scope) -> None:
         for item in way:
             self.ip = item.ip if isinstance(item, (Branch, Exit)) else item.moment.ip
             if isinstance(item, Load):
@@ -293,30 +306,40 @@ class Writer:
             elif isinstance(item, Branch):
                 self.name_parts(item.condition, indent, scope)
                 self.line(indent, f"if {self.truth(item.condition, scope)}:")
-                self.write_way(item.taken, indent + 1, dict(scope))
+                key = self.key(item.condition)
+                self.write_way(item.taken, indent + 1, {**scope, key: "True"})
+                scope[key] = "False"
             else:
                 self.write_exit(item, indent, scope)
 
-    def place(self, item: Any, tlb: str, indent: int, scope: dict[int, str]) -> tuple[str, str, bool]:
+    def place(self, item: Any, tlb: str, indent: int, scope: Scope) -> tuple[str, str, bool]:
         """Address, element of RAM, and whether the address is a multiple of the size for sure."""
-        self.name_parts(item.address, indent, scope)
-        address, size = self.text(item.address, scope, 8), item.width // 8
-        page = f"{address} >> 12" if isinstance(item.address, Symbol) else hex(item.address >> 12)
-        place = f"{tlb}[{page}] + {address}"
+        size = item.width // 8
         shift = size.bit_length() - 1
+        number = divide(item.address, 4) if size == 4 and isinstance(item.address, Symbol) else None
+        if isinstance(number, Symbol):  # an element of an array: that saves some steps
+            number = self.numbers.setdefault(id(item.address), number)
+            self.uses[id(number)] = 2
+            self.name_parts(number, indent, scope)
+            text = self.text(number, scope, 8)
+            return "", f"words32[{tlb}_words[{text} >> 10] + {text}]", True
+        self.name_parts(item.address, indent, scope)
+        address = self.text(item.address, scope, 8)
+        page = f"{address} >> 12" if isinstance(item.address, Symbol) else hex(item.address >> 12)
+        place = f"{tlb}_tlb[{page}] + {address}"
         element = f"{ARRAYS[item.width]}[({place}) >> {shift}]" if shift else f"bytes8[{place}]"
         return address, element, trailing_zeros(item.address) >= shift
 
-    def write_load(self, item: Load, indent: int, scope: dict[int, str]) -> None:
-        address, element, aligned = self.place(item, "read_tlb", indent, scope)
+    def write_load(self, item: Load, indent: int, scope: Scope) -> None:
+        address, element, aligned = self.place(item, "read", indent, scope)
         if not aligned:
             size = item.width // 8
             element += f" if not {address} & {size - 1} else load_unaligned(read_tlb, {address}, {size})"
         self.line(indent, f"{item.variable.name} = {element}", item)
 
-    def write_store(self, item: Store, indent: int, scope: dict[int, str]) -> None:
+    def write_store(self, item: Store, indent: int, scope: Scope) -> None:
         self.name_parts(item.value, indent, scope)
-        address, element, aligned = self.place(item, "write_tlb", indent, scope)
+        address, element, aligned = self.place(item, "write", indent, scope)
         value = self.text(item.value, scope)
         if aligned:
             self.line(indent, f"{element} = {value}", item)
@@ -325,7 +348,7 @@ class Writer:
             self.line(indent, f"if not {address} & {size - 1}: {element} = {value}", item)
             self.line(indent, f"else: store_unaligned(write_tlb, {address}, {value}, {size})", item)
 
-    def write_exit(self, item: Exit, indent: int, scope: dict[int, str]) -> None:
+    def write_exit(self, item: Exit, indent: int, scope: Scope) -> None:
         """Go to a head if the instructions that are left allow that, else leave."""
         changed: dict[str, Value | None] = {
             first.name: value for first, value in zip(self.registers, item.registers) if value is not first
@@ -336,22 +359,24 @@ class Writer:
         if item.done:
             self.line(indent, f"left -= {item.done}")
         entry = self.entries.get(item.target) if item.to_head else None
-        if entry is not None:
-            inner = dict(scope)
-            self.line(indent, f"if left < {self.trees[entry].longest}:")
-            self.write_assignments({**changed, **flags}, indent + 1, inner)
-            self.line(indent + 1, f"ip = {item.target:#x}")
-            self.line(indent + 1, "break")
-            needed = {**changed, **(flags if self.needs_flags[item.target] else {})}
-            self.write_assignments(needed, indent, scope)
-            if entry != self.entry:
-                self.line(indent, f"entry = {entry}")
-            self.line(indent, "continue")
-        else:
+        if entry is None:
             self.write_assignments({"ip": item.target, **changed, **flags}, indent, scope)
             self.line(indent, "break")
+            return
+        # Flags for whoever goes on if the head may not be entered are kept from what comes now.
+        later = {} if self.needs_flags[item.target] else flags
+        for name, value in later.items():
+            self.name_parts(value, indent, scope)
+            if isinstance(value, Symbol) and not changed.keys().isdisjoint(VARIABLES.findall(self.text(value, scope))):
+                later[name] = Name(self.give_name(value, indent, scope), value.ones, value.decide)
+        self.write_assignments({**changed, **({} if later else flags)}, indent, scope)
+        if entry != self.entry:
+            self.line(indent, f"entry = {entry}")
+        self.line(indent, f"if left >= {self.trees[entry].longest}: continue")
+        self.write_assignments({"ip": item.target, **later}, indent, scope)
+        self.line(indent, "break")
 
-    def write_assignments(self, values: dict[str, Value | None], indent: int, scope: dict[int, str]) -> None:
+    def write_assignments(self, values: dict[str, Value | None], indent: int, scope: Scope) -> None:
         """Set variables all at once: none before what its old value is needed for."""
         for value in values.values():
             self.name_parts(value, indent, scope)

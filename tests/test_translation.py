@@ -54,7 +54,7 @@ class Pair:
             assert a._replace(memory=b"") == b._replace(memory=b""), case
             assert a.memory == b.memory, case
             assert both[0].cpu.retired == both[1].cpu.retired, case
-            for kind in ("known", "read_tlb", "write_tlb"):
+            for kind in ("known", "read_tlb", "write_tlb", "read_words", "write_words"):
                 assert getattr(both[0].cpu.mmu, kind) == getattr(both[1].cpu.mmu, kind), (kind, case)
             if a.vector is not None or both[0].cpu.halted:
                 break
