@@ -79,10 +79,13 @@ from mini_bhyve.symbols import (
     whole_source,
 )  # fmt: skip
 from mini_bhyve.trees import (
+    BASE,
     INTERPRETED,
     NAMES_32,
     NAMES_64,
+    READABLE_TO,
     WRAPS,
+    WRITABLE_TO,
     Branch,
     Exit,
     Grower,
@@ -163,10 +166,10 @@ class Writer:
         for name in ("read_tlb", "write_tlb", "read_words", "write_words", *ARRAYS.values()):
             if name in used:
                 self.line(1, f"{name} = cpu.{name}")
-        for index in (seg.FS, seg.GS):
-            name = seg.SEGMENT_NAMES[index] + "_base"
-            if name in used:
-                self.line(1, f"{name} = cpu.segments[{index}].base")
+        for index, name in enumerate(seg.SEGMENT_NAMES):
+            for what in (BASE, READABLE_TO, WRITABLE_TO):
+                if name + what in used:
+                    self.line(1, f"{name}{what} = {what[1:]}(cpu.segments[{index}])")
         self.line(1, "while True:")
         self.lines += body
         self.ip = None
@@ -441,6 +444,9 @@ class Translator:
             "load_unaligned": self.load_unaligned,
             "store_unaligned": self.store_unaligned,
             "INC": fl.INC,
+            BASE[1:]: lambda segment: segment.base,
+            READABLE_TO[1:]: lambda segment: segment.last if segment.readable and segment.first == 0 else -1,
+            WRITABLE_TO[1:]: lambda segment: segment.last if segment.writable and segment.first == 0 else -1,
             "carry_flag": carry_flag,
             "explicit_flags": explicit_flags,
             "whole_source": whole_source,
@@ -519,8 +525,7 @@ class Translator:
         translation = self.translations[id(traceback.tb_frame.f_code)]
         item = translation.lines[traceback.tb_lineno - 1].item
         moment: Moment = item.moment
-        names: dict[str, Any] = {"fs_base": cpu.segments[seg.FS].base, "gs_base": cpu.segments[seg.GS].base}
-        names.update(zip(FLAG_NAMES, cpu.flags))
+        names: dict[str, Any] = dict(zip(FLAG_NAMES, cpu.flags))
         names.update((first.name, real.value) for first, real in zip(translation.reader.first_registers, cpu.regs))
         names.update(traceback.tb_frame.f_locals)
         known: dict[int, Any] = {}

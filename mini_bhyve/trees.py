@@ -38,6 +38,10 @@ MAX_TREES = 12
 MAX_DECISIONS = 4  # of an instruction
 NEARBY = 1 << 20  # bytes: a constant in an address that is less negative than that is a distance, and no address
 
+# What a translation wants to know of a segment, behind its name: the base, and the last offset that can be used, which is
+# -1 if there is none, or if the segment grows downwards, so that more would have to be checked.
+BASE, READABLE_TO, WRITABLE_TO = "_base", "_readable_to", "_writable_to"
+
 # How an instruction is to be read that has made trouble: not at all, or so that its address may wrap around.
 INTERPRETED, WRAPS = "interpreted", "wraps"
 
@@ -300,32 +304,29 @@ class Reader(MemoryAccess):
             return whole.operands[0] + (whole.operands[1] & mask)
         return whole
 
-    def linear_in_segment(self, index: int, offset: Any) -> Any:
-        """Where an offset lies. In 64-bit mode only FS and GS add something, and nothing is checked."""
-        if index in (seg.ES, seg.SS_, seg.DS) and (self.mode.flat or self.mode.code_size == 64):
+    def linear_in_segment(self, index: int, offset: Any, width: int, limit: str) -> Any:
+        """Where an offset lies, if `limit`, READABLE_TO or WRITABLE_TO, allows it. In 64-bit mode only FS and GS add something."""
+        if self.mode.code_size == 64:
+            return offset if index < seg.FS else (self.segment_name(index, BASE) + offset) & MASKS[64]
+        if index in (seg.ES, seg.SS_, seg.DS) and self.mode.flat:
             return offset
-        if self.mode.code_size == 64 and index in (seg.FS, seg.GS):
-            return (Name(seg.SEGMENT_NAMES[index] + "_base", MASKS[64], self.decide) + offset) & MASKS[64]
-        raise Untranslatable
+        self.note(Guard(self.moment, offset + (width // 8 - 1) <= self.segment_name(index, limit)))
+        return (self.segment_name(index, BASE) + offset) & MASKS[32]
+
+    def segment_name(self, index: int, what: str) -> Name:
+        return Name(seg.SEGMENT_NAMES[index] + what, -1, self.decide)
 
     def load_segment_memory(self, index: int, offset: Any, width: int) -> Any:
-        return self.load(self.linear_in_segment(index, offset), width)
+        return self.load(self.linear_in_segment(index, offset, width, READABLE_TO), width)
 
     def store_segment_memory(self, index: int, offset: Any, value: Any, width: int) -> None:
-        self.store(self.linear_in_segment(index, offset), value, width)
+        self.store(self.linear_in_segment(index, offset, width, WRITABLE_TO), value, width)
 
     def load_stack(self, offset: Any, width: int) -> Any:
-        self.check_stack()
         return self.load_segment_memory(seg.SS_, offset, width)
 
     def store_stack(self, offset: Any, value: Any, width: int) -> None:
-        self.check_stack()
         self.store_segment_memory(seg.SS_, offset, value, width)
-
-    def check_stack(self) -> None:
-        """A stack of 16 bits is not flat."""
-        if self.stack_mask <= 0xFFFF:
-            raise Untranslatable
 
     def check_target(self, target: Any) -> None:
         """A jump must not lead out of the code segment, nor to an address that is not canonical."""
