@@ -538,8 +538,9 @@ class Cpu(MemoryAccess):
     def run_blocks(self, limit: int) -> None:
         """The loop that all is about: block after block, until `limit` or `attention`.
 
-        Where a block has been translated, and there are instructions enough left, its translation runs in its place,
-        unless that has just been left, for then the interpreter must do the next instruction.
+        A block is interpreted as often as its `heat` says; then it is translated, and its translation runs in its place
+        if there are instructions enough left, unless that has just been left in its middle: then the interpreter must
+        do the next instruction.
         """
         just_left = False
         while self.retired < limit and not self.attention:
@@ -549,28 +550,29 @@ class Cpu(MemoryAccess):
                 except KeyError:
                     self.running = None
                     block = self.code_cache.find()
-                left = limit - self.retired
-                if block.longest <= left and not just_left:
+                heat = block.heat
+                if heat:
+                    block.heat = heat - 1
+                elif block.translation is None:
+                    self.translator.translate(block)
+                    continue
+                elif block.longest <= limit - self.retired and not just_left:
                     self.running = None
-                    left = min(left, SLICE)
+                    left = min(limit - self.retired, SLICE)
                     self.retired += left
                     self.retired -= block.function(block.entry, left)  # type: ignore[misc]
                     continue
                 just_left = False
-                block.heat -= 1
-                if not block.heat:
-                    self.translator.translate(block)
-                    continue
                 self.running = block
                 steps: Iterable[Step] = block.steps
-                if block.length > left:
-                    steps = itertools.islice(steps, left)
-                else:
-                    left = block.length
+                end = self.retired + block.length
+                if end > limit:
+                    end = limit
+                    steps = itertools.islice(steps, limit - self.retired)
                 for definition, arguments, self.next_ip in steps:
                     definition(*arguments)
                 if block.steps:
-                    self.retired += left
+                    self.retired = end
                 else:  # it has been emptied, and so ended early: it wrote into itself, or to a device
                     self.retired += self.code_cache.ended_after
                     self.code_cache.put_back(block)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_INSTRUCTION = 15  # bytes: the architecture's limit (SDM vol. 2A, 2.3.11)
 MAX_BLOCK = 64  # instructions: a pause or an interrupt waits for no more than this
 
-NEVER = 1 << 64  # more instructions than there can be left to execute
+COLD = 1 << 29  # more often than a block is ever interpreted
 
 Step = tuple[Callable, tuple[Any, ...], int]
 
@@ -53,8 +53,8 @@ class Block:
     instruction that did it. The addresses stay, for they tell how far it came: an instruction is known by where the
     next one begins.
 
-    The last attributes are the translator's: how often the block is still to be interpreted, and what is called in its
-    place, if there are at least `longest` instructions left.
+    The last attributes are the translator's: how often the block is still to be interpreted, and what is called then in
+    its place, if there are at least `longest` instructions left.
     """
 
     __slots__ = (
@@ -68,10 +68,10 @@ class Block:
         self.ips = ips
         self.next_ips = tuple(next_ip for _, _, next_ip in steps)
         self.ranges = ranges  # of bytes in RAM that it was made from: start and end of each
-        self.heat = 0  # never
+        self.heat = COLD
         self.on_one_page = False  # of RAM
         self.function: Callable[[int, int], int] | None = None
-        self.entry, self.longest = 0, NEVER
+        self.entry = self.longest = 0
         self.translation: Translation | None = None  # the one that `function` belongs to
         self.part_of: list[Translation] = []  # all that were made from this block, too
         self.hard: dict[int, str] = {}  # instructions that are not easily translated, by their addresses

@@ -61,7 +61,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
 from mini_bhyve import flags as fl
 from mini_bhyve import segmentation as seg
-from mini_bhyve.decode import NEVER, Block, describe, read_prefixes
+from mini_bhyve.decode import COLD, Block, describe, read_prefixes
 from mini_bhyve.memory import PAGE_SIZE
 from mini_bhyve.paging import READ, WRITE
 from mini_bhyve.symbols import (
@@ -421,13 +421,14 @@ class Translation:
         self.asleep = False
         for entry, (block, longest) in enumerate(self.heads):
             block.translation, block.function, block.entry, block.longest = self, self.function, entry, longest
+            block.heat = 0
 
     def disconnect(self, heat: int) -> None:
-        """And now no more; its heads are interpreted `heat` times until somebody asks again."""
+        """And now no more; its heads are interpreted `heat` times before somebody asks again."""
         self.asleep = True
         for block, _ in self.heads:
             if block.translation is self:
-                block.translation, block.longest, block.heat = None, NEVER, heat
+                block.translation, block.heat = None, heat
 
 
 class Translator:
@@ -435,7 +436,7 @@ class Translator:
 
     def __init__(self, cpu: Cpu):
         self.cpu = cpu
-        self.heat = HOT  # of a new block; 0: nothing is translated
+        self.heat = HOT  # of a new block
         self.dump_directory: pathlib.Path | None = None
         self.dumped = 0
         self.translations: dict[int, Translation] = {}  # by the identity of their code
@@ -456,7 +457,7 @@ class Translator:
 
     def configure(self, enabled: bool, dump_directory: str | None) -> None:
         """What the user wants. Raises OSError if there can be no such directory."""
-        self.heat = HOT if enabled else 0
+        self.heat = HOT if enabled else COLD
         if dump_directory:
             self.dump_directory = pathlib.Path(dump_directory)
             self.dump_directory.mkdir(parents=True, exist_ok=True)
@@ -467,8 +468,7 @@ class Translator:
         if asleep:
             asleep[-1].connect()
             return
-        if not block.on_one_page:
-            return
+        block.heat = COLD  # if it cannot be translated
         grower = Grower(self.cpu, self.cpu.ip)
         trees = grower.grow()
         if not trees:

@@ -38,8 +38,8 @@ MAX_TREES = 12
 MAX_DECISIONS = 4  # of an instruction
 NEARBY = 1 << 20  # bytes: a constant in an address that is less negative than that is a distance, and no address
 
-# What a translation wants to know of a segment, behind its name: the base, and the last offset that can be used, which is
-# -1 if there is none, or if the segment grows downwards, so that more would have to be checked.
+# What a translation wants to know of a segment, behind its name: the base, and the last offset that can be used. That
+# is -1 if there is none, or if the segment grows downwards, so that more would have to be checked.
 BASE, READABLE_TO, WRITABLE_TO = "_base", "_readable_to", "_writable_to"
 
 # How an instruction is to be read that has made trouble: not at all, or so that its address may wrap around.
@@ -305,7 +305,7 @@ class Reader(MemoryAccess):
         return whole
 
     def linear_in_segment(self, index: int, offset: Any, width: int, limit: str) -> Any:
-        """Where an offset lies, if `limit`, READABLE_TO or WRITABLE_TO, allows it. In 64-bit mode only FS and GS add something."""
+        """Where an offset lies, if `limit` (READABLE_TO or WRITABLE_TO) allows it. In 64-bit mode all are allowed."""
         if self.mode.code_size == 64:
             return offset if index < seg.FS else (self.segment_name(index, BASE) + offset) & MASKS[64]
         if index in (seg.ES, seg.SS_, seg.DS) and self.mode.flat:
@@ -314,6 +314,7 @@ class Reader(MemoryAccess):
         return (self.segment_name(index, BASE) + offset) & MASKS[32]
 
     def segment_name(self, index: int, what: str) -> Name:
+        """BASE, READABLE_TO or WRITABLE_TO of a segment."""
         return Name(seg.SEGMENT_NAMES[index] + what, -1, self.decide)
 
     def load_segment_memory(self, index: int, offset: Any, width: int) -> Any:
