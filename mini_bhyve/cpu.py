@@ -556,9 +556,11 @@ class Cpu(MemoryAccess):
                 elif block.translation is None:
                     self.translator.translate(block)
                     continue
-                elif block.longest <= limit - self.retired and not just_left:
+                elif not just_left and block.longest <= limit - self.retired:
                     self.running = None
-                    left = min(limit - self.retired, SLICE)
+                    left = limit - self.retired
+                    if left > SLICE:
+                        left = SLICE
                     self.retired += left
                     self.retired -= block.function(block.entry, left)  # type: ignore[misc]
                     continue

@@ -233,10 +233,6 @@ def as_number(value: Value) -> Value:
     return int(value)
 
 
-def is_operation(value: Value, name: str) -> bool:
-    return isinstance(value, Symbol) and value.operation == name
-
-
 def add(a: Value, b: Value) -> Value:
     if not isinstance(a, Symbol):
         a, b = b, a
@@ -311,25 +307,28 @@ def bit_and(a: Value, b: Value) -> Value:
     return Symbol("&", (as_number(a), b), a.ones & b)
 
 
-def strip(value: Value, mask: int) -> Value:
-    """A value with the same bits in `mask`, which is of low bits, and as few operations as may be."""
+def strip(value: Value, mask: int, levels: int = 4) -> Value:
+    """A value with the same bits in `mask`, which is of low bits, and fewer operations (on so many levels)."""
     if not isinstance(value, Symbol):
         return value & mask
+    if not levels:
+        return value
     if value.operation == "&":
         a, b = value.operands
         if not isinstance(b, Symbol) and b & mask == mask:
-            return strip(a, mask)
+            return strip(a, mask, levels - 1)
     elif value.operation in ("+", "-", "*"):
         a, b = value.operands
         sign = mask ^ mask >> 1
-        if value.operation == "+" and not isinstance(b, Symbol) and b & mask == sign and is_operation(a, "^"):
-            if not isinstance(a.operands[1], Symbol) and a.operands[1] & mask == sign:  # type: ignore[union-attr]
-                return strip(a.operands[0], mask)  # type: ignore[union-attr]  # `signed`: the sign turned, and back
-        stripped = (strip(a, mask), b if not isinstance(b, Symbol) else strip(b, mask))
+        if isinstance(a, Symbol) and a.operation == "^" and value.operation == "+" and not isinstance(b, Symbol):
+            inner, turned = a.operands
+            if not isinstance(turned, Symbol) and turned & mask == sign == b & mask:
+                return strip(inner, mask, levels - 1)  # `signed`: the sign turned, and back
+        stripped = (strip(a, mask, levels - 1), strip(b, mask, levels - 1) if isinstance(b, Symbol) else b)
         if not _same(stripped, value.operands):
             return {"+": add, "-": subtract, "*": multiply}[value.operation](*stripped)
     elif value.operation == "neg":
-        inner = strip(value.operands[0], mask)
+        inner = strip(value.operands[0], mask, levels - 1)
         if inner is not value.operands[0]:
             return subtract(0, inner)
     return value
@@ -439,10 +438,10 @@ def compare(name: str, a: Value, b: Value) -> Value:
 def compare_difference(name: str, masked: Symbol) -> Symbol:
     """Whether (x - y) & mask is 0: whether x is y, if the mask is wide enough for both."""
     difference, mask = masked.operands
-    a, b = difference.operands if isinstance(difference, Symbol) and difference.operation in ("+", "-") else (-1, -1)
-    if isinstance(mask, Symbol) or mask < 0 or mask & mask + 1:
+    if not isinstance(difference, Symbol) or isinstance(mask, Symbol) or mask < 0 or mask & mask + 1:
         return Symbol(name, (masked, 0), 1)
-    if is_operation(difference, "+"):
+    a, b = difference.operands if difference.operation in ("+", "-") else (-1, -1)
+    if difference.operation == "+":
         b = -1 if isinstance(b, Symbol) else -b & mask
     if min(_ones(a), _ones(b)) < 0 or (_ones(a) | _ones(b)) & ~mask:
         return Symbol(name, (masked, 0), 1)

@@ -103,7 +103,7 @@ if TYPE_CHECKING:
 
 HOT = 300  # times that a block is interpreted before it is translated: that costs as much as some hundred runs of it
 SLICE = 10_000  # instructions at a time: a pause or an interrupt from another thread waits for no more than this
-MAX_TRANSLATIONS = 4000  # kept at a time
+MAX_TRANSLATIONS = 1000  # kept at a time
 
 # An instruction that leaves its translation so often, each time within so many instructions, is not translated, or so
 # that addresses may wrap around.
@@ -406,15 +406,14 @@ class Translation:
         self.reader = reader
         self.blocks = blocks  # all of whose code it was made
         self.heads = heads  # by the number of the entry: block, and how long the longest way is
-        self.lines = lines
+        self.items = [line.item for line in lines]
         self.troubles: dict[int, tuple[int, int]] = {}  # where it was left: how often, since which instruction
         self.asleep = False
 
-    def compile(self, names: dict[str, Any]) -> None:
+    def compile(self, lines: list[Line], names: dict[str, Any]) -> None:
         """Make the function. The source was written above, from names that are chosen there and from numbers."""
-        namespace = dict(names)
-        exec(compile("\n".join(line.text for line in self.lines), "<translation>", "exec"), namespace)  # noqa: S102
-        self.function: Callable[[int, int], int] = namespace["translated"]
+        exec(compile("\n".join(line.text for line in lines), "<translation>", "exec"), names)  # noqa: S102
+        self.function: Callable[[int, int], int] = names.pop("translated")
 
     def connect(self) -> None:
         """From now on the run loop calls it."""
@@ -479,7 +478,7 @@ class Translator:
         lines = Writer(trees, reader.first_registers, reader.first_flags).write()
         heads = [(grower.blocks[tree.head], tree.longest) for tree in trees]
         translation = Translation(reader, [grower.blocks[ip] for ip in grower.used], heads, lines)
-        translation.compile(self.names)
+        translation.compile(lines, self.names)
         replaced = [head.translation for head, _ in heads if head.translation is not None]
         translation.connect()
         self.translations[id(translation.function.__code__)] = translation
@@ -488,7 +487,7 @@ class Translator:
             if each.translation is None:
                 each.heat = self.heat  # it has been served
         if self.dump_directory is not None:
-            self.dump(translation)
+            self.dump(translation, lines)
         for old in replaced:
             if not any(head.translation is old for head, _ in old.heads):
                 self.forget(old)
@@ -523,7 +522,7 @@ class Translator:
         if traceback is None:
             raise error
         translation = self.translations[id(traceback.tb_frame.f_code)]
-        item = translation.lines[traceback.tb_lineno - 1].item
+        item = translation.items[traceback.tb_lineno - 1]
         moment: Moment = item.moment
         names: dict[str, Any] = dict(zip(FLAG_NAMES, cpu.flags))
         names.update((first.name, real.value) for first, real in zip(translation.reader.first_registers, cpu.regs))
@@ -569,13 +568,13 @@ class Translator:
 
     # --- For those who want to see it -------------------------------------------------------------------------------
 
-    def dump(self, translation: Translation) -> None:
+    def dump(self, translation: Translation, lines: list[Line]) -> None:
         """Write a translation to a file: on the left what the guest has, on the right what became of it."""
         assert self.dump_directory is not None
         texts = {ip: text for block in translation.blocks for ip, text in self.disassembly(block)}
         rows: list[tuple[str, str]] = []
         last = 0
-        for line in translation.lines:
+        for line in lines:
             shown = []
             if line.ip is not None and line.ip != last:  # and what is before it, of which nothing is left but symbols
                 blocks = [block for block in translation.blocks if line.ip in block.ips]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_BLOCKS = 32  # in which a way may be looked for
 MAX_IN_TREE = 120  # instructions
-MAX_TREES = 12
+MAX_TREES = 6
 MAX_DECISIONS = 4  # of an instruction
 NEARBY = 1 << 20  # bytes: a constant in an address that is less negative than that is a distance, and no address
 
