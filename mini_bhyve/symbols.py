@@ -80,13 +80,17 @@ MIRRORED = {"==": "==", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
 class Symbol:
     """An operation on values, at least one of which is a symbol."""
 
-    __slots__ = ("condition", "ones", "operands", "operation")
+    __slots__ = ("condition", "depth", "ones", "operands", "operation")
 
     def __init__(self, operation: str, operands: tuple[Value, ...], ones: int, condition: bool = False):
         self.operation = operation
         self.operands = operands
         self.ones = ones
         self.condition = condition or OPERATIONS[operation].condition  # it is True or False
+        self.depth = 1  # of the tree
+        for operand in operands:
+            if isinstance(operand, Symbol) and operand.depth >= self.depth:
+                self.depth = operand.depth + 1
 
     # --- What definitions do ----------------------------------------------------------------------------------------
 
@@ -189,6 +193,7 @@ class Name(Symbol):
         self.name = name
         self.reader = reader
         self.operation, self.operands, self.ones, self.condition = "", (), ones, False
+        self.depth = 0
 
     def decide(self, condition: Symbol) -> bool:
         return self.reader(condition)

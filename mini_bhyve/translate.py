@@ -90,6 +90,7 @@ from mini_bhyve.trees import (
     Exit,
     Grower,
     Guard,
+    Keep,
     Load,
     Moment,
     Reader,
@@ -211,7 +212,7 @@ class Writer:
         for item in all_items(tree.way):
             if isinstance(item, (Load, Store)):
                 self.count(item.address, 2)
-            if isinstance(item, Store):
+            if isinstance(item, (Store, Keep)):
                 self.count(item.value)
             elif isinstance(item, (Guard, Branch)):
                 self.count(item.condition)
@@ -303,6 +304,9 @@ class Writer:
                 self.write_load(item, indent, scope)
             elif isinstance(item, Store):
                 self.write_store(item, indent, scope)
+            elif isinstance(item, Keep):
+                self.name_parts(item.value, indent, scope)
+                self.line(indent, f"{item.variable.name} = {self.text(item.value, scope)}")
             elif isinstance(item, Guard):
                 self.name_parts(item.condition, indent, scope)
                 self.line(indent, f"if {self.truth(negate(item.condition), scope)}: raise KeyError", item)

@@ -36,6 +36,7 @@ MAX_BLOCKS = 32  # in which a way may be looked for
 MAX_IN_TREE = 120  # instructions
 MAX_TREES = 6
 MAX_DECISIONS = 4  # of an instruction
+DEEPEST = 24  # levels of an expression
 NEARBY = 1 << 20  # bytes: a constant in an address that is less negative than that is a distance, and no address
 
 # What a translation wants to know of a segment, behind its name: the base, and the last offset that can be used. That
@@ -83,6 +84,14 @@ class Guard(NamedTuple):
 
     moment: Moment
     condition: Symbol
+
+
+class Keep(NamedTuple):
+    """A value gets a variable of its own, as its expression has become long."""
+
+    moment: Moment
+    variable: Name
+    value: Symbol
 
 
 class Branch(NamedTuple):
@@ -209,6 +218,7 @@ class Reader(MemoryAccess):
             self.effects, self.jump, self.taken_decisions = "", None, 0
             try:
                 definition(*map(self.symbolic, arguments))
+                self.keep_short()
                 return True
             except GuestFault:
                 again = self.decide_otherwise()
@@ -218,6 +228,21 @@ class Reader(MemoryAccess):
             self.put_back(self.moment.registers, self.moment.flags)
             if not again:
                 return False
+
+    def keep_short(self) -> None:
+        """Cut what grows from instruction to instruction: a hash, for one, is a single expression of all that came."""
+        values = (*self.registers, *self.flags)
+        if any(isinstance(value, Symbol) and value.depth > DEEPEST for value in values):
+            kept = {id(value): self.keep(value) for value in values}
+            self.put_back(tuple(kept[id(value)] for value in self.registers), tuple(kept[id(v)] for v in self.flags))
+
+    def keep(self, value: Value) -> Value:
+        if not isinstance(value, Symbol) or value.depth <= DEEPEST:
+            return value
+        self.variables += 1
+        variable = Name(f"v{self.variables}", value.ones, self.decide)
+        self.way.append(Keep(self.moment, variable, value))
+        return variable
 
     def decide(self, condition: Symbol) -> bool:
         """A definition wants to know: it is told what was decided, and the translation will see to it."""
