@@ -5,25 +5,27 @@ in place of numbers (`symbols.py`), which write down what is done to them; and w
 function, with the guest's registers in local variables. Nothing about an instruction is said twice: this file knows
 memory, jumps and time, but no instruction.
 
-    block that has run HOT times
-        |   find_blocks         the blocks around it that jump to each other, on one page of code
-        |   Reader              each instruction's definition, on symbols
+    block that has been interpreted HOT times
+        |   Grower, Reader (trees.py)   the definitions of it and of the blocks around it, on symbols
     trees of what has to be done: loads, stores, branches, and ways out
-        |   Writer              Python source, compile(), exec
+        |   Writer                      Python source
+        |   Translation                 compile(), exec
     a function that the run loop calls in place of the block
 
-A *tree* begins at a head, the target of a jump backwards, and follows all ways from there. Each ends where it leaves
-this code or comes to a head, its own (that is a loop) or another one. So a function has the form
+A *tree* begins at a head, and follows all ways from there. Each ends where it leaves this code, or where it comes to a
+head: its own, and that is a loop, or another one. So a function has the form
 
     def translated(entry, left):
         eax = EAX.value                                     registers, once
         while True:
             if entry == 0:                                  one tree
-                t1 = edx - 1 & 0xffffffff
-                left -= 9                                   so many instructions done
-                if t1 and left >= 9: ...; continue          to a head
-                ip = 0xc0008123; break                      out of here
-            elif entry == 1: ...
+                if edx != 1:                                a way: a loop
+                    left -= 8                               so many instructions done
+                    edx = edx - 1 & 0xffffffff
+                    if left >= 8: continue                  at the head again
+                    ip = 0xc0008100; break                  or out of here
+                ...
+            elif entry == 1: ...                            another tree
         EAX.value = eax
         cpu.ip = ip
         return left
