@@ -8,12 +8,12 @@ VENV   := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 IN_VENV = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak fuzz coverage docs bench bench-guests guests linux-guest lint clean
+.PHONY: help demo test soak fuzz coverage docs bench bench-guests bench-snapshots guests linux-guest lint clean
 .NOTPARALLEL:  # two pip must not write into one environment
 .DELETE_ON_ERROR:
 
 help:  ## list what can be made (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "With another Python: make demo PYTHON=pypy3"
 
 demo: $(VENV)/.installed  ## boot a VM, suspend it, restore it, see it go on
@@ -22,7 +22,7 @@ demo: $(VENV)/.installed  ## boot a VM, suspend it, restore it, see it go on
 test: $(VENV)/.installed-test  ## run the tests
 	$(IN_VENV) -m pytest -n auto
 
-soak: $(VENV)/.installed-test  ## run xv6 and Linux for an hour or two, suspended and restored all the time
+soak: $(VENV)/.installed-test  ## for an hour or two: xv6 and Linux suspended all the time, floods, kills
 	$(IN_VENV) -m pytest -n auto -m soak --durations 0
 
 fuzz: $(VENV)/.installed-test  ## compare random instructions with Unicorn for so many minutes: make fuzz MINUTES=10
@@ -46,6 +46,9 @@ bench: $(VENV)/.installed  ## measure the interpreter against the same work by h
 
 bench-guests: $(VENV)/.installed  ## measure how long xv6 and Linux take to boot, here and on QEMU
 	$(IN_VENV) bench/guests.py
+
+bench-snapshots: $(VENV)/.installed  ## measure how long guests stand still for a checkpoint, and how soon they are back
+	$(IN_VENV) bench/snapshots.py
 
 guests:  ## rebuild the embedded guests from their sources (needs gcc and binutils)
 	$(MAKE) -C guests

@@ -8,17 +8,23 @@ standard error says why. Every command has two spellings, ours and bhyvectl's::
     python ctl.py regs vm                       python ctl.py --vm=vm --get-rip --get-cr3
 
 With bhyvectl's spelling, registers come out in bhyvectl's format too, so that scripts made for it can read them.
+
+Two commands are for VMs that do not run, and bhyvectl has nothing like them: ``inspect`` looks at a snapshot, ``diff``
+compares two (:mod:`mini_bhyve.stopped_vm`, :mod:`mini_bhyve.snapshot_diff`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
 import json
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any, Callable, NamedTuple, NoReturn
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
 
 from mini_bhyve.ipc import (
     REPLY_TIMEOUT,
@@ -34,8 +40,19 @@ from mini_bhyve.ipc import (
     socket_path,
     vm_names,
 )
+from mini_bhyve.snapshot_state import SnapshotError
+
+if TYPE_CHECKING:  # rich takes longer to load than a VM to answer, so whoever needs it imports it
+    from rich.console import Console
+    from rich.table import Table
+
+    from mini_bhyve.memory_picture import MemoryPicture
 
 LIST_TIMEOUT = 1.0  # seconds; a VM that is busy with a snapshot must not hold up the list
+
+# Seconds: a snapshot that takes longer than the first is asked after, again and again.
+PROGRESS_AFTER = 1.0
+PROGRESS_INTERVAL = 0.2
 
 
 class Action(NamedTuple):
@@ -143,6 +160,25 @@ def message_for(opcode: IpcOpcode, cpu: int) -> IpcMessage:
     return message
 
 
+class Progress(NamedTuple):
+    """How far a VM is with a snapshot that it writes."""
+
+    file: str
+    done: int  # bytes
+    total: int
+
+    @classmethod
+    def of(cls, status: dict[str, Any]) -> Progress | None:
+        """What an answer to STATUS tells of it; None if no snapshot is being written."""
+        file, done, total = (status.get(f"snapshot_{name}") for name in cls._fields)
+        if isinstance(file, str) and isinstance(done, int) and isinstance(total, int):
+            return cls(file, done, total)
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.done >> 20} of {self.total >> 20} MB to {visible(self.file)}"
+
+
 def show_status(status: dict[str, Any]) -> None:
     rows = {
         "name": status["name"],
@@ -157,6 +193,13 @@ def show_status(status: dict[str, Any]) -> None:
         "snapshots": "yes" if status["snapshot"] else "switched off",
         "process": status["pid"],
     }
+    progress = Progress.of(status)
+    if progress:
+        rows["writing"] = progress
+    show_rows(rows)
+
+
+def show_rows(rows: dict[str, Any]) -> None:
     for label, value in rows.items():
         print(f"{label:14}{value}")
 
@@ -203,7 +246,6 @@ def show_list(vms: list[dict[str, Any]], run_dir: str) -> None:
     if not vms:
         print(f"there are no VMs in {run_dir}")
         return
-    from rich.console import Console  # here, for it takes longer to load than a VM to answer
     from rich.table import Table
 
     table = Table("name", "state", "mode", "memory", "CPUs", "virtual time", "process", box=None, pad_edge=False)
@@ -213,9 +255,187 @@ def show_list(vms: list[dict[str, Any]], run_dir: str) -> None:
         else:
             memory, seconds = f"{vm['memory'] / (1 << 20):g} MB", f"{vm['time_ns'] / 1e9:.3f} s"
             table.add_row(vm["name"], vm["state"], vm["mode"], memory, str(vm["ncpus"]), seconds, str(vm["pid"]))
-    # A terminal has a width to keep to; what a pipe takes must not be folded.
-    width = None if sys.stdout.isatty() else 1000
-    Console(markup=False, highlight=False, emoji=False, width=width).print(table)
+    show_table(table)
+
+
+def show_table(table: Table) -> None:
+    console = rich_console()
+    with console.capture() as drawn:
+        console.print(table)
+    for line in drawn.get().splitlines():
+        print(line.rstrip())
+
+
+def rich_console() -> Console:
+    """Standard output. A terminal has a width to keep to; what a pipe takes must not be folded."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
+
+
+# --- what a snapshot tells of a VM that does not run -----------------------------------------------------------------
+
+SHORT = 16  # bytes, of a field that has more, are shown; --json has all of them
+MAX_RANGES = 16  # of pages, are listed; likewise
+PRINTED_LINES = 16  # of the console's last, are shown; likewise
+
+
+def inspect(file: str) -> dict[str, Any]:
+    from mini_bhyve.stopped_vm import StoppedVm
+
+    return StoppedVm(file).report()
+
+
+def diff(before: str, after: str, svg: str | None) -> dict[str, Any]:
+    from mini_bhyve.snapshot_diff import compare
+    from mini_bhyve.stopped_vm import StoppedVm
+
+    report = compare(StoppedVm(before), StoppedVm(after))
+    if svg is not None:
+        title = f"Memory: {os.path.basename(before):.40} and {os.path.basename(after):.40}"
+        with open(svg, "w", encoding="utf-8") as file:
+            file.write(picture_of(report, "changed").svg(title, pages_told(report, "changed", "differ")))
+    return report
+
+
+def show_inspection(report: dict[str, Any]) -> None:
+    show_rows(
+        {
+            "name": visible(report["name"]),
+            "state": f"{report['state']} when it was saved",
+            "mode": report["mode"],
+            "memory": f"{report['memory'] / (1 << 20):g} MB",
+            "CPUs": report["ncpus"],
+            "instructions": f"{report['instructions']:,}",
+            "virtual time": f"{report['time_ns'] / 1e9:.6f} s",
+        }
+    )
+    for disk in report["disks"]:
+        print(f"{'disk':14}" + ", ".join(f"{visible(name)} {visible(str(value))}" for name, value in disk.items()))
+    print()
+    show_registers(report["registers"])
+    print()
+    for area in report["memory_map"]:
+        print(f"{area['first']:08x}-{area['last']:08x}  {visible(area['what'])}")
+    print()
+    show_pages(report, "used", "in use")
+    print()
+    show_devices(report["devices"])
+    show_printed(report["printed"])
+
+
+def show_printed(printed: str | None) -> None:
+    if printed is None:
+        return print("\nwhat the guest printed is not in this snapshot")
+    print("\nthe guest printed last:" if printed else "\nthe guest has printed nothing")
+    for line in printed.splitlines()[-PRINTED_LINES:]:
+        print(f"    {visible(line)}")
+
+
+def show_devices(devices: dict[str, dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table("device", "state", box=None, pad_edge=False)
+    for name, fields in devices.items():
+        state = "  ".join(f"{visible(field)}={readable(value)}" for field, value in fields.items())
+        table.add_row(visible(name), state)
+    show_table(table)
+
+
+def show_diff(report: dict[str, Any], svg: str | None) -> None:
+    from rich.table import Table
+
+    table = Table("", "before", "after", box=None, pad_edge=False)
+    parts = {"": (report["vm"], plain), "disk ": (report["disks"], plain), "register ": (report["registers"], readable)}
+    parts.update({f"{name} ": (fields, readable) for name, fields in report["devices"].items()})
+    for part, (fields, show) in parts.items():
+        for name, sides in fields.items():
+            start = first_difference(sides)
+            values = (show(sides[side], start) if side in sides else "not there" for side in ("before", "after"))
+            table.add_row(visible(part + name), *values)
+    if table.row_count:
+        show_table(table)
+        print()
+    if "memory" in report["vm"]:
+        print("one has more memory than the other; compared is what both have")
+    show_pages(report, "changed", "differ")
+    if svg is not None:
+        print(f"the picture is also in {visible(svg)}")
+
+
+def show_pages(report: dict[str, Any], which: str, verb: str) -> None:
+    """The pages of a report that are "used" or "changed": how many, in a picture, and which."""
+    print(pages_told(report, which, verb))
+    spans = report[which]
+    if not spans:
+        return
+    from mini_bhyve.memory_picture import ASCII_SHADES, SHADES
+
+    picture = picture_of(report, which)
+    shades = ASCII_SHADES if rich_console().options.ascii_only else SHADES
+    for line in [*picture.lines(shades), picture.legend(shades)]:
+        print(line)
+    for first, last in spans[:MAX_RANGES]:
+        print(f"{first << 12:08x}-{(last + 1 << 12) - 1:08x}  {plural(last - first + 1, 'page')}")
+    if len(spans) > MAX_RANGES:
+        print(f"and {len(spans) - MAX_RANGES} more such ranges, which --json lists")
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
+def pages_told(report: dict[str, Any], which: str, verb: str) -> str:
+    return f"{report[which + '_pages']:,} of {report['pages']:,} pages {verb}, of 4 KB each"
+
+
+def picture_of(report: dict[str, Any], which: str) -> MemoryPicture:
+    from mini_bhyve.memory_picture import MemoryPicture
+
+    return MemoryPicture(report["pages"], [range(first, last + 1) for first, last in report[which]])
+
+
+def plain(value: Any, start: int = 0) -> str:
+    """A number as people write it, or a text."""
+    return f"{value:,}" if isinstance(value, int) else visible(str(value))
+
+
+def readable(value: Any, start: int = 0) -> str:
+    """The value of a field in a few characters; of bytes, those from `start` on."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:#x}"
+    if isinstance(value, list):
+        return ", ".join(map(readable, value)) or "empty"
+    if isinstance(value, bytes):
+        return (f"+{start:#x}: " if start else "") + readable_bytes(value[start:])
+    return visible(str(value))
+
+
+def readable_bytes(data: bytes) -> str:
+    if not data:
+        return "empty"
+    if len(data) > SHORT and not any(data):
+        return f"{len(data)} zeros"
+    is_text = all(0x20 <= byte < 0x7F or byte in b"\r\n\t" for byte in data)
+    shown = visible(data[:SHORT].decode()) if is_text else data[:SHORT].hex()
+    return shown if len(data) <= SHORT else f"{shown}... ({len(data)} bytes)"
+
+
+def visible(text: str) -> str:
+    """Text from elsewhere as a terminal may have it: what is not printable, as Python would write it."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def first_difference(sides: Mapping[str, Any]) -> int:
+    """Where two strings of bytes begin to differ; 0 for all else."""
+    values = list(sides.values())
+    if len(values) == 2 and all(isinstance(value, bytes) for value in values):
+        return len(os.path.commonprefix(values))
+    return 0
 
 
 # --- what a VM is made to do -----------------------------------------------------------------------------------------
@@ -229,6 +449,60 @@ def absolute(file: str) -> str:
         raise IpcError("the current directory no longer exists; give the snapshot an absolute name") from None
 
 
+@contextlib.contextmanager
+def progress_shown(path: str) -> Iterator[None]:
+    """Meanwhile, show how far the VM is with its snapshot: to somebody at a terminal, and if it takes long."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    over = threading.Event()
+    watcher = threading.Thread(target=show_progress, args=(path, over))
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def show_progress(path: str, over: threading.Event) -> None:
+    """Draw a bar until it is `over`. A VM that does not answer while it writes is not asked again."""
+    if over.wait(PROGRESS_AFTER):
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = progress.BarColumn(), progress.TextColumn("{task.description}", markup=False)
+    bar = progress.Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+    try:
+        while not over.wait(PROGRESS_INTERVAL):
+            written = Progress.of(send_message(path, message_for(IpcOpcode.STATUS, 0), LIST_TIMEOUT))
+            if written:
+                task = bar.task_ids[0] if bar.tasks else bar.add_task("")
+                bar.update(task, description=str(written), completed=written.done, total=written.total, refresh=True)
+                bar.start()
+    except IpcError:
+        pass
+    finally:
+        bar.stop()
+
+
+def interrupted(path: str, file: str) -> str:
+    """What became of a request for a snapshot whose answer the user does not wait for."""
+    vm = os.path.basename(path)
+    try:
+        written = Progress.of(send_message(path, message_for(IpcOpcode.STATUS, 0), LIST_TIMEOUT))
+    except IpcError:
+        if not is_alive(path):
+            return f"VM {vm!r}, which was asked for a snapshot to {file}, has ended"
+    else:
+        if not written:
+            return f"VM {vm!r} is not writing a snapshot: it has finished, or not begun"
+        if written.file == file:
+            return f"VM {vm!r} goes on writing the snapshot, so far {written}: `ctl.py status {vm}` tells"
+    return f"VM {vm!r} was asked for a snapshot to {file} and may still be writing it: `ctl.py status {vm}` tells"
+
+
 def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: int = 0) -> dict[str, Any]:
     """Carry out one of the ACTIONS, and wait until it is done; what was done. Raises IpcError if it was not."""
     path = socket_path(run_dir, vm)
@@ -237,18 +511,26 @@ def perform(command: str, run_dir: str, vm: str, file: str | None = None, cpu: i
     if action.opcode in TAKES_FILENAME:
         # A relative name is relative to where the user is, not to where the VM was started.
         result["file"] = absolute(f"{vm}.ckp" if file is None else file)
-        snapshot_request(path, result["file"], action.opcode)
+        try:
+            with progress_shown(path):
+                reply = snapshot_request(path, result["file"], action.opcode)
+        except KeyboardInterrupt:
+            raise IpcError(f"interrupted; {interrupted(path, result['file'])}") from None
     elif action.opcode == IpcOpcode.DESTROY and remove_dead_socket(path):
         result["done"] = f"VM {vm!r} was dead, and its socket {path} is removed"
         return result
     else:
-        send_message(path, message_for(action.opcode, cpu))
+        reply = send_message(path, message_for(action.opcode, cpu))
     result["done"] = action.done.format(cpu=cpu, **result)
+    if "warning" in reply:
+        result["warning"] = str(reply["warning"])
     return result
 
 
 def show_done(result: dict[str, Any]) -> None:
     print(result["done"])
+    if "warning" in result:
+        print(f"ctl.py: {result['warning']}", file=sys.stderr)
 
 
 # --- the command lines -----------------------------------------------------------------------------------------------
@@ -313,6 +595,16 @@ def build_parser() -> argparse.ArgumentParser:
             )
         if action.opcode == IpcOpcode.INJECT_NMI:
             added.add_argument("--cpu", type=cpu_number, default=0, metavar="N", help="virtual CPU N (default: 0)")
+    looked_at = add(
+        "inspect",
+        "look at a snapshot without starting it: registers, memory, devices, what the guest printed last",
+        vm=False,
+    )
+    looked_at.add_argument("file", metavar="FILE", help="the snapshot's name, without .kern or .meta")
+    compared = add("diff", "tell what differs between two snapshots, and which pages of memory", vm=False)
+    compared.add_argument("file", metavar="BEFORE", help="a snapshot's name, without .kern or .meta")
+    compared.add_argument("after", metavar="AFTER", help="another one's")
+    compared.add_argument("--svg", metavar="OUT.svg", help="draw the changed pages into this file, too")
     return parser
 
 
@@ -349,21 +641,29 @@ def build_bhyvectl_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Do what our own command line says."""
-    run_dir = run_dir_for(args.rundir)
     result: Any
     show: Callable[[Any], None]
-    if args.command == "list":
-        result, show = list_vms(run_dir), functools.partial(show_list, run_dir=run_dir)
-    elif args.command == "status":
-        result, show = ask(socket_path(run_dir, args.vm), IpcOpcode.STATUS, STATUS_FIELDS), show_status
-    elif args.command == "regs":
-        result, show = ask(socket_path(run_dir, args.vm), IpcOpcode.REGS, REGISTER_FIELDS, args.cpu), show_registers
+    if args.command == "inspect":
+        result, show = inspect(args.file), show_inspection
+    elif args.command == "diff":
+        result, show = diff(args.file, args.after, args.svg), functools.partial(show_diff, svg=args.svg)
     else:
-        result, show = perform(args.command, run_dir, args.vm, args.file, args.cpu), show_done
+        result, show = talk(args, run_dir_for(args.rundir))
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result, indent=2, default=bytes.hex))
     else:
         show(result)
+
+
+def talk(args: argparse.Namespace, run_dir: str) -> tuple[Any, Callable[[Any], None]]:
+    """Do what is to be done with a running VM: what came of it, and how that is shown."""
+    if args.command == "list":
+        return list_vms(run_dir), functools.partial(show_list, run_dir=run_dir)
+    if args.command == "status":
+        return ask(socket_path(run_dir, args.vm), IpcOpcode.STATUS, STATUS_FIELDS), show_status
+    if args.command == "regs":
+        return ask(socket_path(run_dir, args.vm), IpcOpcode.REGS, REGISTER_FIELDS, args.cpu), show_registers
+    return perform(args.command, run_dir, args.vm, args.file, args.cpu), show_done
 
 
 def run_as_bhyvectl(args: argparse.Namespace) -> None:
@@ -400,7 +700,7 @@ def main(argv: list[str]) -> int:
             run(build_parser().parse_args(argv))
         sys.stdout.flush()
         return 0
-    except IpcError as error:
+    except (IpcError, SnapshotError) as error:
         sentence = str(error)
     except BrokenPipeError:
         # Whoever read it has seen enough. Python would try to write the rest once more at the end, and complain.
@@ -409,10 +709,12 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         sentence = f"{error.filename or 'cannot go on'}: {error.strerror}"
     except KeyboardInterrupt:
-        sentence = "interrupted; what the VM was asked to do, it may still do"
+        sentence = "interrupted; what a VM was asked to do, it may still do"
     print(f"ctl.py: {sentence}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without some character gets it escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

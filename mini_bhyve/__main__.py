@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, NoReturn
 
+from mini_bhyve.child import ChildTask
 from mini_bhyve.config import DISK_DEVICES, Config, ConfigError
 from mini_bhyve.console import Console, ConsoleError, open_console
 from mini_bhyve.disk import DiskError
@@ -170,12 +172,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain("interrupted before the VM ran")
     except Exception:
         # A mistake of ours. Python's own exit code would be 1, which says that the guest was powered off.
-        traceback.print_exc()
+        if somebody_reads(LAST_WORD_TIMEOUT):
+            traceback.print_exc()
     return ExitCode.ERROR
 
 
 def complain(sentence: str) -> None:
-    print(f"mini_bhyve: {sentence}", file=sys.stderr)
+    if somebody_reads(LAST_WORD_TIMEOUT):
+        print(f"mini_bhyve: {sentence}", file=sys.stderr)
+
+
+# How long, in seconds, a VM that has ended waits for room to say why: standard error may be the pipe that its guest has
+# filled, and nobody reads.
+LAST_WORD_TIMEOUT = 1.0
+
+
+def somebody_reads(patience: float) -> bool:
+    """Whether there is room on standard error within so many seconds, so that nobody waits who writes a sentence."""
+    try:
+        return bool(select.select([], [2], [], patience)[1])
+    except OSError:  # it is closed
+        return False
 
 
 # --- Signals ----------------------------------------------------------------------------------------------------------
@@ -190,8 +207,9 @@ def signals_end(machine: Machine, console: Console) -> Iterator[None]:
     """While this lasts, a thread of its own waits for signals and powers the machine off.
 
     The signals are blocked everywhere else. A handler would run in the middle of whatever the vCPU's thread is doing,
-    and could not take a lock which that thread may hold at the time. SIGHUP stays blocked afterwards: a terminal that
-    is closed says so twice, first by the end of its input, and the second shall not take the exit code with it.
+    and could not take a lock which that thread may hold at the time. Those that end the VM stay blocked afterwards: it
+    is ending, and to be told so again shall not take the exit code with it. (A terminal that is closed always says so
+    twice, first by the end of its input.)
     """
     # One that we were started to ignore (nohup, or `&` in a script) stays ignored, except under PyPy, whose getsignal()
     # does not know about it. SIGTERM also ends the thread.
@@ -224,7 +242,7 @@ def signals_end(machine: Machine, console: Console) -> Iterator[None]:
         assert thread.ident is not None
         signal.pthread_kill(thread.ident, signal.SIGTERM)
         thread.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask | {signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask | signals.intersection(ENDING_SIGNALS))
 
 
 # --- The machine ------------------------------------------------------------------------------------------------------
@@ -239,34 +257,60 @@ def run_vm(config: Config, snapshot_path: str | None) -> int:
     with open_console(config.require("lpc.com1.path")) as console:
         choose_clock(config, console)
         machine = Machine(config, console, ram=snapshot.ram if snapshot else None)
+        verification = None
         if snapshot:
             snapshot.restore(machine)
+            verification = snapshot.begin_verification()
+            confirm = functools.partial(await_verification, verification)
+            machine.hold_back(confirm)
         else:
             machine.load()
         console.on_leave = lambda reason: machine.stop(ExitCode.POWEROFF, reason)
         machine.warn = lambda sentence: warn(console, f"{machine.name}: {sentence}")
         with signals_end(machine, console):
             # After the restore, as in bhyve: from here on the VM can be asked for a checkpoint.
-            server = init_ipc(machine.name, run_dir_for(config.get("rundir")), machine.commands())
+            first = machine.verification(verification) if verification else None
+            server = init_ipc(machine.name, run_dir_for(config.get("rundir")), machine.commands(), first)
             try:
                 console.start()
                 exit_code = machine.run()
             finally:
                 server.close()
+        if verification:
+            confirm()
     remark(console, f"{machine.name}: {machine.reason}")
     return exit_code
 
 
-def remark(console: Console, sentence: str) -> None:
+PROGRESS_AFTER = 1.0  # seconds that something may take before its progress is shown
+
+
+def await_verification(verification: ChildTask) -> None:
+    """Wait until it is known whether the snapshot is whole, and on a terminal show how far it is if that takes long.
+
+    Raises SnapshotError if it is not whole.
+    """
+    if not verification.wait(PROGRESS_AFTER) and sys.stderr.isatty():
+        from rich.console import Console as Screen  # here, for it takes longer to load than most VMs to start
+        from rich.progress import Progress
+
+        with Progress(console=Screen(stderr=True), transient=True) as progress:
+            bar = progress.add_task(verification.what, total=None)
+            while not verification.wait(0.1):
+                progress.update(bar, completed=verification.done, total=verification.total or None)
+    verification.check()
+
+
+def remark(console: Console, sentence: str, patience: float = LAST_WORD_TIMEOUT) -> None:
     """Say something to the user. On a terminal the guest may have stopped in the middle of a line."""
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, os.fsencode("\n" * console.is_terminal + f"{sentence}\n"))
+    if somebody_reads(patience):
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, os.fsencode("\n" * console.is_terminal + f"{sentence}\n"))
 
 
 def warn(console: Console, sentence: str) -> None:
     """As `remark`, while the guest runs: it shall not wait for somebody who does not read."""
-    if select.select([], [2], [], 0)[1]:
-        remark(console, sentence)
+    remark(console, sentence, patience=0)
 
 
 def take_from_snapshot(config: Config, snapshot: Snapshot) -> None:

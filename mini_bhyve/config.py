@@ -115,6 +115,9 @@ VARIABLES = {
     ),
     "translate": Variable(boolean, "true", "whether what the guest does often is translated into Python functions"),
     "translate.dump": Variable(text, None, "directory for what is translated, guest and Python code side by side"),
+    "restore.changed_disks": Variable(
+        boolean, "false", "whether to go on from a snapshot though a disk has other contents than it had then"
+    ),
     "config.dump": Variable(boolean, "false", "print all variables and exit"),
     "x86.strictio": Variable(boolean, "false", "whether access to a port that no device claims ends the VM"),
     "x86.vmexit_on_hlt": Variable(boolean, "false", "whether a halted vCPU gives up the host's CPU"),

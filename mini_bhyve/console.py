@@ -1,7 +1,7 @@
 """The far end of the serial line: where bytes that the guest sends on COM1 go to, and where typed ones come from.
 
 Mirrors FreeBSD's usr.sbin/bhyve/uart_backend.c (ttyopen, ttyread, ttywrite). The UART sees only `read`, which never
-waits, and `write`, which waits for a slow reader rather than lose a byte. There is a console for
+waits, and `write`, which gives back what a slow reader leaves no room for. There is a console for
 
     stdio               the terminal, or whatever the shell has redirected standard input and output to
     a path              a file, to which output is appended; a terminal device; or a unix socket
@@ -42,7 +42,7 @@ HELP = (
     b"Ctrl-A Ctrl-A  send one Ctrl-A to the guest\r\n"
 )
 
-# How long, in seconds, a blocked write or a console in the background goes without looking whether that is still so.
+# How long, in seconds, a console in the background goes without looking whether that is still so.
 LOOK_AGAIN = 0.1
 
 # Once select() says that a pipe can be written to, this many bytes never block (POSIX: PIPE_BUF is at least 512).
@@ -75,16 +75,18 @@ class Console:
         """At most `limit` bytes of input, without waiting; b"" if there is nothing now."""
         return b""
 
-    def write(self, data: bytes) -> None:
-        """All of `data`, waiting as long as it takes, unless `unblock` was called. Raises ConsoleError."""
+    def write(self, data: bytes) -> bytes | None:
+        """As much of `data` as there is room for, without waiting; the rest is returned. Raises ConsoleError."""
 
     @property
     def wait_fd(self) -> int | None:
         """The descriptor that select() finds readable when there is input; None if there will never be any."""
         return None
 
-    def unblock(self) -> None:
-        """A write that waits for its reader gives up, now and ever after: the VM is ending. For any thread."""
+    @property
+    def room_fd(self) -> int | None:
+        """The descriptor that select() finds writable when there is room again; None if there is always."""
+        return None
 
     def suspend(self) -> None:
         """The process is about to be stopped by job control."""
@@ -127,7 +129,6 @@ class DescriptorConsole(Console):
         super().__init__()
         self._input_fd = input_fd
         self._output_fd = output_fd
-        self._unblocked = False
 
     def read(self, limit: int) -> bytes:
         if self._input_fd is None or limit == 0 or not select.select([self._input_fd], [], [], 0)[0]:
@@ -146,25 +147,23 @@ class DescriptorConsole(Console):
     def wait_fd(self) -> int | None:
         return self._input_fd
 
-    def write(self, data: bytes) -> None:
-        while data and self._output_fd is not None:
-            if not select.select([], [self._output_fd], [], 0 if self._unblocked else LOOK_AGAIN)[1]:
-                if self._unblocked:
-                    return
-                continue
+    def write(self, data: bytes) -> bytes:
+        while data and self._output_fd is not None and select.select([], [self._output_fd], [], 0)[1]:
             try:
                 data = data[os.write(self._output_fd, data[:WRITE_AT_ONCE]) :]
             except BlockingIOError:
-                continue
+                break
             except OSError as error:
                 self._output_fd = None
                 if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.EIO):  # EIO: a terminal that was hung up
                     self.on_leave("nobody is left to read the console")
                 else:
                     raise ConsoleError(f"cannot write to the console: {error.strerror}") from None
+        return b"" if self._output_fd is None else data
 
-    def unblock(self) -> None:
-        self._unblocked = True
+    @property
+    def room_fd(self) -> int | None:
+        return self._output_fd
 
 
 # The local modes of a cooked terminal: echo, editing of the line, and keys that raise signals.
@@ -307,7 +306,6 @@ class TerminalConsole(DescriptorConsole):
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
-        self.unblock()
         if self._thread.ident is not None:  # it was started
             os.write(self._quit_in, b"q")
             self._thread.join()
@@ -410,7 +408,6 @@ class SocketConsole(Console):
         self._path = path
         self._listener: socket.socket | None = None
         self._client: socket.socket | None = None
-        self._unblocked = False
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             client.connect(path)
@@ -458,26 +455,25 @@ class SocketConsole(Console):
             self._unplug()
         return data
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> bytes:
         client = self._plugged_in()
-        while data and client is not None:
-            try:
+        try:
+            while data and client is not None:
                 data = data[client.send(data) :]
-            except BlockingIOError:
-                if self._unblocked:
-                    return
-                select.select([], [client], [], LOOK_AGAIN)
-            except OSError:
-                self._unplug()
-                return
+        except BlockingIOError:
+            return data
+        except OSError:
+            self._unplug()
+        return b""
+
+    @property
+    def room_fd(self) -> int | None:
+        return None if self._client is None else self._client.fileno()
 
     @property
     def wait_fd(self) -> int | None:
         end = self._client or self._listener
         return None if end is None else end.fileno()
-
-    def unblock(self) -> None:
-        self._unblocked = True
 
     def __exit__(self, *_: object) -> None:
         self._unplug()

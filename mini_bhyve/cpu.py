@@ -455,9 +455,14 @@ class Cpu(MemoryAccess):
         self.interrupts_from = state.u64("interrupts_from", self.interrupts_from)
         self.traps_from = state.u64("traps_from", self.traps_from)
         self.retired = state.u64("instructions", self.retired)
+        unknown = self.cr0 & ~CR0_DEFINED | self.cr4 & ~CR4_SUPPORTED | self.efer & ~(EFER_SUPPORTED | EFER_LMA)
+        if unknown or self.cpl > 3 or self.cr8 > 15:
+            raise ValueError("this processor does not have such control registers, or such a privilege level")
         self.update_debug()
         self.update_paging()
         self.update_mode()
+        for register in self.regs[:8]:
+            register.value &= register.mask  # (none is wider than the mode, unless a snapshot says so)
 
     def register_values(self) -> dict[str, int]:
         """All registers, under the names that bhyvectl has for them."""

@@ -146,5 +146,7 @@ class Debug:
 
     def snapshot(self, state) -> None:
         self.registers = state.numbers("debug_registers", self.registers)
+        if len(self.registers) != 8:
+            raise ValueError(f"there are 8 debug registers, not {len(self.registers)}")
         self.pending = state.u32("pending_debug_exceptions", self.pending)
         self.update()

@@ -12,9 +12,17 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import time
 import weakref
+from typing import Callable
+
+from mini_bhyve.sparse import checksum_of_file
 
 SECTOR_SIZE = 512
+
+# Nanoseconds within which two writes may leave a file with the same time of change: it is that of the kernel's last
+# clock tick, of which there are at least 100 a second.
+SAME_TICK = 20_000_000
 
 
 class DiskError(Exception):
@@ -47,6 +55,9 @@ class DiskImage:
         if size % SECTOR_SIZE or not size:
             raise DiskError(f"{path} cannot be a disk: it has {size} bytes, not one or more sectors of {SECTOR_SIZE}")
         self.sectors = size // SECTOR_SIZE
+        # Called before each write; while it is not known whether the guest may go on, it waits (Machine.hold_back).
+        self.before_write: Callable[[], None] = lambda: None
+        self._told_modified: int | None = None
 
     def _lock(self) -> None:
         """One machine that writes, or any number that only read."""
@@ -64,6 +75,9 @@ class DiskImage:
 
     def write(self, sector: int, data: bytes | bytearray) -> None:
         """Whole sectors from `sector` on. They are in the file then, but not yet certain to outlive the host."""
+        self.before_write()
+        if self._told_modified is not None:
+            self._pass_tick(self._told_modified)
         view, offset = memoryview(data), sector * SECTOR_SIZE
         while view:
             written = os.pwrite(self.descriptor, view, offset)
@@ -72,3 +86,17 @@ class DiskImage:
     def flush(self) -> None:
         """What has been written so far will outlive the host."""
         os.fsync(self.descriptor)
+
+    def modified(self) -> int:
+        """When the image was last changed (ns since 1970). The next write, however soon, will make it another time."""
+        self._told_modified = os.fstat(self.descriptor).st_mtime_ns
+        return self._told_modified
+
+    def _pass_tick(self, told: int) -> None:
+        """Let the clock that files are stamped by move on from the time `told`."""
+        self._told_modified = None
+        time.sleep(min(max(0, told + SAME_TICK - time.time_ns()), SAME_TICK) / 1e9)
+
+    def checksum(self) -> str:
+        """The checksum (sparse.py) of all that is on the disk."""
+        return checksum_of_file(self.descriptor, self.sectors * SECTOR_SIZE)

@@ -31,6 +31,16 @@ snapshot_request()      :func:`snapshot_request`, likewise
 Unlike the review's, a message may be answered. A sender that has bound an address of its own gets an nvlist back, as
 in FreeBSD from 2026 on: what was asked for, nothing (an empty list) when all went well, or ``error`` with a sentence.
 A sender without an address is served in silence, so that a program written from the review's header works unchanged.
+
+Requests are served one after the other. For one that takes its time a handler returns a :class:`Pending`, and while
+that is under way those that only look are served all the same, and the others wait their turn::
+
+                    STATUS, REGS                       at once
+    datagram --->   any other, nothing is pending      at once
+                    any other, an answer is pending    waiting[0 .. MAX_WAITING - 1], served when the answer is there
+
+Only root and the user whose VM it is can ask: directory and socket have modes that keep others out, and where the
+system tells who sent a datagram (Linux: unix(7), SO_PASSCRED), what others have sent all the same is dropped.
 """
 
 from __future__ import annotations
@@ -41,14 +51,18 @@ import enum
 import errno
 import fcntl
 import os
+import select
+import signal
 import socket
 import stat
+import struct
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, Callable, Optional
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Callable, Protocol, Union, runtime_checkable
 
 from mini_bhyve import nvlist
 
@@ -72,6 +86,30 @@ SNAPSHOT_TIMEOUT = 600.0
 
 #: Seconds between two looks at whether the VM that owes an answer is still there.
 PROBE_INTERVAL = 0.5
+
+#: So many requests wait while one takes its time. Those beyond are refused.
+MAX_WAITING = 100
+
+#: Of the time there is, the thread takes no more than this part, however many requests come: the rest is the virtual
+#: CPU's. What it may take at once, in seconds, is enough for some ten of them.
+SHARE = 0.2
+AT_ONCE = 0.002
+
+#: Seconds to wait for somebody else to be done with the names in the run directory, which takes a moment.
+LOCK_TIMEOUT = 5.0
+
+#: How Linux tells who has sent a datagram: ``struct ucred``, which is pid, uid, gid. PyPy's socket module lacks the
+#: numbers, which are the same on almost every architecture.
+UCRED = struct.Struct("@iII")
+SO_PASSCRED = getattr(socket, "SO_PASSCRED", 16)
+SCM_CREDENTIALS = getattr(socket, "SCM_CREDENTIALS", 2)
+SENDERS_ARE_KNOWN = sys.platform.startswith("linux") and (
+    hasattr(socket, "SO_PASSCRED") or os.uname().machine in ("x86_64", "aarch64")
+)
+
+#: Room beside a datagram for the sender's credentials, and for nothing else: descriptors sent along are closed by the
+#: kernel, and never become ours.
+ANCILLARY_SIZE = socket.CMSG_SPACE(UCRED.size) if SENDERS_ARE_KNOWN else 0
 
 
 class IpcError(Exception):
@@ -109,6 +147,7 @@ class IpcOpcode(enum.IntEnum):
 
 TAKES_FILENAME = frozenset({IpcOpcode.START_CHECKPOINT, IpcOpcode.START_SUSPEND})
 ENDS_VM = frozenset({IpcOpcode.START_SUSPEND, IpcOpcode.POWEROFF, IpcOpcode.RESET, IpcOpcode.DESTROY})
+ONLY_LOOKS = frozenset({IpcOpcode.STATUS, IpcOpcode.REGS})
 
 
 class CheckpointOp(ctypes.Structure):
@@ -183,7 +222,24 @@ class IpcMessage(ctypes.Structure):
         return path
 
 
-Handler = Callable[[IpcMessage], Optional[dict[str, Any]]]
+@runtime_checkable
+class Pending(Protocol):
+    """The answer to a command that takes its time: what a handler returns instead of it."""
+
+    def fileno(self) -> int:
+        """Readable when there is news of it. Open until answer() has been called, and readable once it is finished."""
+
+    def finished(self) -> bool:
+        """Takes in the news, without waiting; whether the answer is there."""
+
+    def wait(self) -> None:
+        """Waits until finished() holds."""
+
+    def answer(self) -> dict[str, Any] | None:
+        """The answer, once finished; raises IpcError if it is a refusal."""
+
+
+Handler = Callable[[IpcMessage], Union[None, dict[str, Any], Pending]]
 
 
 # --- names and places ------------------------------------------------------------------------------------------------
@@ -249,7 +305,7 @@ def vm_names(run_dir: str) -> list[str]:
     return sorted(name for name in found if not name.startswith(".") and name.isprintable())
 
 
-def is_alive(path: str) -> bool:
+def is_alive(path: str | bytes) -> bool:
     """Whether some process still has this socket open; the name stays behind when a VM is killed."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
@@ -273,9 +329,17 @@ def remove_dead_socket(path: str) -> bool:
 @contextlib.contextmanager
 def _locked(directory: str) -> Iterator[None]:
     """Nobody else replaces dead sockets here meanwhile: between the look and the unlink() a VM could have come."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    deadline = time.monotonic() + LOCK_TIMEOUT
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:  # whoever may read the directory can lock it, and may be no friend
+                    raise IpcError(f"somebody keeps the run directory {directory} locked") from None
+            time.sleep(0.005)
         yield
     finally:
         os.close(descriptor)  # and with it the lock
@@ -284,13 +348,18 @@ def _locked(directory: str) -> Iterator[None]:
 # --- ipc.c: bhyve's half ---------------------------------------------------------------------------------------------
 
 
-def init_ipc(vmname: str, run_dir: str, commands: dict[IpcOpcode, Handler]) -> IpcServer:
+def init_ipc(
+    vmname: str, run_dir: str, commands: Mapping[IpcOpcode, Handler], first: Pending | None = None
+) -> IpcServer:
     """Create the control socket of a VM, and the thread that serves it.
 
     ``commands`` are the handlers: called in that thread, one after the other, with the message; what they return is
-    the answer, None being an empty one. A handler refuses by raising IpcError. When one has returned for a command in
-    ENDS_VM, the name of the socket is gone before the answer leaves: whoever has read that the VM is suspended can
-    start it again at once under the same name.
+    the answer, None being an empty one, or a Pending. A handler refuses by raising IpcError. When one has returned for
+    a command in ENDS_VM, or its pending answer is there and no refusal, the name of the socket is gone before the
+    answer leaves: whoever has read that the VM is suspended can start it again at once under the same name.
+
+    ``first`` is something that the VM has under way already: until it is finished, requests wait as they do while an
+    answer is pending. What comes of it is for whoever started it to see.
 
     The directory is made (0700) if it is not there; the socket has mode 0600. Call this while there is no other
     thread yet that creates files, for the file mode mask belongs to the whole process.
@@ -300,6 +369,7 @@ def init_ipc(vmname: str, run_dir: str, commands: dict[IpcOpcode, Handler]) -> I
     path = socket_path(run_dir, vmname)
     listener = _new_socket()
     try:
+        _know_senders(listener)  # before there is a name to send to
         _make_run_dir(run_dir)
         with _locked(run_dir):
             if os.path.lexists(path):
@@ -313,7 +383,7 @@ def init_ipc(vmname: str, run_dir: str, commands: dict[IpcOpcode, Handler]) -> I
                 listener.bind(path)
             finally:
                 os.umask(mask)
-        return IpcServer(vmname, path, listener, commands)
+        return IpcServer(vmname, path, listener, commands, first)
     except OSError as error:
         listener.close()
         raise IpcError(f"cannot create the control socket {path}: {error.strerror or error}") from None
@@ -325,7 +395,9 @@ def init_ipc(vmname: str, run_dir: str, commands: dict[IpcOpcode, Handler]) -> I
 def _make_run_dir(run_dir: str) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(run_dir, 0o700)
-    found = os.stat(run_dir)
+    found = os.lstat(run_dir)
+    if stat.S_ISLNK(found.st_mode):
+        raise IpcError(f"the run directory {run_dir} is a symbolic link, which is not followed")
     if not stat.S_ISDIR(found.st_mode):
         raise IpcError(f"the run directory {run_dir} is not a directory")
     if found.st_uid not in (0, os.getuid()) or (found.st_mode & 0o002 and not found.st_mode & stat.S_ISVTX):
@@ -335,46 +407,126 @@ def _make_run_dir(run_dir: str) -> None:
 class IpcServer:
     """The control socket of a running VM. Made by init_ipc(); close() it when the VM ends."""
 
-    def __init__(self, vmname: str, path: str, listener: socket.socket, commands: dict[IpcOpcode, Handler]) -> None:
+    def __init__(
+        self,
+        vmname: str,
+        path: str,
+        listener: socket.socket,
+        commands: Mapping[IpcOpcode, Handler],
+        first: Pending | None,
+    ) -> None:
         self.vmname = vmname
         self.path = path
         self.socket = listener
         self.commands = commands
         self.ending = False
-        self._identity: tuple[int, int] | None = _identity(path)
-        self._unlinking = threading.Lock()
+        self.pending = first
+        self.asked: tuple[IpcOpcode, Any] | None = None  # what is pending, and who waits for it; for `first`, None
+        self.waiting: deque[tuple[IpcMessage, Any]] = deque()  # and it is empty unless something is pending
+        self._identity = _identity(path)
+        self._owed = self._looked = self._used = 0.0  # see rest()
+        self._outlet = _new_socket()  # has no name: should an answer come to a VM, nobody answers that for ever
         self._knock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._knock.connect(path)  # to wake the thread later, when the name is gone already
+        self._knock.connect(path)  # to wake the thread later, when the name may be gone already
         self._thread = threading.Thread(target=ipc_thread, args=(self,), name="ipc", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End the thread: the request being served is finished and answered, those that wait are refused."""
         self.ending = True
-        self.unlink()
         with contextlib.suppress(OSError):  # a full queue wakes the thread as well
             self._knock.send(b"", socket.MSG_DONTWAIT)
         self._thread.join()
         self._knock.close()
 
     def unlink(self) -> None:
-        """Take the name out of the directory, once, unless somebody else has it by now."""
-        with self._unlinking, contextlib.suppress(FileNotFoundError):
-            expected, self._identity = self._identity, None
-            if _identity(self.path) == expected:
+        """Take the name out of the directory, unless somebody else has it by now."""
+        with contextlib.suppress(FileNotFoundError):
+            if _identity(self.path) == self._identity:
                 os.unlink(self.path)
 
-    def carry_out(self, message: IpcMessage) -> dict[str, Any]:
-        """Have the handler of a message do its work; the answer. Raises IpcError if it is refused."""
+    def rest(self) -> None:
+        """Leave the virtual CPU its time, if requests come so close that the guest would hardly run beside them."""
+        now, used = time.monotonic(), time.thread_time()
+        self._owed = max(0.0, self._owed - (now - self._looked) * SHARE) + used - self._used
+        self._looked, self._used = now, used
+        if self._owed > AT_ONCE:
+            self._owed = min(self._owed, 2 * AT_ONCE)  # what took longer was no flood
+            time.sleep(self._owed / SHARE)
+
+    def take(self, message: IpcMessage, sender: Any) -> None:
+        """Serve a request now, or have it wait its turn."""
         opcode = IpcOpcode(message.code)
+        if self.pending is None or opcode in ONLY_LOOKS:
+            self.serve(message, sender)
+        elif len(self.waiting) < MAX_WAITING:
+            self.waiting.append((message, sender))
+        else:
+            self.answer(sender, {"error": f"{opcode.name} is refused: {MAX_WAITING} requests wait already"})
+
+    def serve(self, message: IpcMessage, sender: Any) -> None:
+        """Have a command carried out, or begun, and answer."""
+        opcode = IpcOpcode(message.code)
+        try:
+            reply = self.carry_out(opcode, message)
+        except IpcError as error:
+            return self.answer(sender, {"error": str(error)})
+        if isinstance(reply, Pending):
+            self.pending, self.asked = reply, (opcode, sender)
+        else:
+            self.done(opcode, sender, reply)
+
+    def carry_out(self, opcode: IpcOpcode, message: IpcMessage) -> dict[str, Any] | Pending:
+        """Have the handler of a message do its work; the answer. Raises IpcError if it is refused."""
         if opcode not in self.commands:
             raise IpcError(f"command {opcode.name} not found")
+        with self._at_all_costs(opcode.name):
+            reply = self.commands[opcode](message) or {}
+            # One that only looks has no time to take: there may be an answer pending already.
+            return reply if isinstance(reply, Pending) and opcode not in ONLY_LOOKS else dict(reply)  # type: ignore
+
+    def conclude(self, wait: bool = False) -> bool:
+        """If the pending answer is there, pass it on and serve what has waited for it. Whether it was there."""
+        assert self.pending is not None
+        opcode, sender = self.asked or (None, None)
+        refusal, reply = None, {}
         try:
-            return dict(self.commands[opcode](message) or {})
+            with self._at_all_costs(opcode.name if opcode is not None else "what was to be done first"):
+                if wait:
+                    self.pending.wait()
+                if not self.pending.finished():
+                    return False
+                reply = dict(self.pending.answer() or {})
+        except IpcError as error:
+            refusal = {"error": str(error)}
+        self.pending = self.asked = None
+        if refusal:
+            self.answer(sender, refusal)
+        elif opcode is not None:
+            self.done(opcode, sender, reply)
+        while self.waiting and self.pending is None and not self.ending:
+            message, sender = self.waiting.popleft()
+            # Who has given up, and been told that the VM does not answer, shall not find it paused a minute later.
+            if not sender or is_alive(sender):
+                self.serve(message, sender)
+        return True
+
+    def done(self, opcode: IpcOpcode, sender: Any, reply: dict[str, Any]) -> None:
+        """A command is carried out: say so."""
+        if opcode in ENDS_VM:
+            self.ending = True
+            self.unlink()
+        self.answer(sender, reply)
+
+    @contextlib.contextmanager
+    def _at_all_costs(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong meanwhile becomes a refusal: the VM keeps its socket."""
+        try:
+            yield
         except IpcError:
             raise
-        except Exception as error:  # whatever a handler does, the VM keeps its socket
-            sentence = f"{opcode.name} failed unexpectedly: {type(error).__name__}: {error}"
+        except Exception as error:
+            sentence = f"{what} failed unexpectedly: {type(error).__name__}: {error}"
             with contextlib.suppress(OSError):
                 print(f"{self.vmname}: {sentence}", file=sys.stderr)
             raise IpcError(sentence) from error
@@ -386,12 +538,16 @@ class IpcServer:
         packed = _pack_reply(reply)
         with contextlib.suppress(OSError):
             try:
-                self.socket.sendto(packed, socket.MSG_DONTWAIT, sender)
+                self._outlet.sendto(packed, socket.MSG_DONTWAIT, sender)
             except BlockingIOError:
                 # The sender's queue is full; or, on Linux, our own socket has no room, for what others leave unread
                 # is charged to it. The first is their affair, but the second must not keep this one waiting.
-                with _new_socket() as fresh:
-                    fresh.sendto(packed, socket.MSG_DONTWAIT, sender)
+                full, self._outlet = self._outlet, _new_socket()
+                full.close()
+                self._outlet.sendto(packed, socket.MSG_DONTWAIT, sender)
+            except PermissionError:
+                # On Linux, a sender who is connected to our socket takes nothing from another.
+                self.socket.sendto(packed, socket.MSG_DONTWAIT, sender)
 
 
 def _new_socket() -> socket.socket:
@@ -399,6 +555,23 @@ def _new_socket() -> socket.socket:
     for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # the BSDs would give no more than a few KB to a datagram
         new.setsockopt(socket.SOL_SOCKET, buffer, MAX_REPLY)
     return new
+
+
+def _know_senders(receiver: socket.socket) -> None:
+    """From now on recvmsg() tells who has sent a datagram, where the system does."""
+    if SENDERS_ARE_KNOWN:
+        receiver.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+
+
+def is_from(ancillary: list[tuple[int, int, bytes]], *users: int) -> bool:
+    """Whether what came with a datagram says that one of these users has sent it, as far as the system tells."""
+    if not SENDERS_ARE_KNOWN:
+        return True
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, SCM_CREDENTIALS) and len(data) == UCRED.size:
+            _, uid, _ = UCRED.unpack(data)
+            return uid in users
+    return False
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -417,36 +590,54 @@ def _pack_reply(reply: dict[str, Any]) -> bytes:
 
 
 def ipc_thread(server: IpcServer) -> None:
-    """Serve the socket until the VM ends; one command at a time, in the order in which they came."""
+    """Serve the socket until the VM ends."""
+    # No signal is for this thread, nor for a process that a handler forks: Ctrl-C would be for that one as well.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     while not server.ending:
-        get_message(server)
+        server.rest()
+        if server.pending is None:
+            get_message(server)
+        elif not server.conclude() and wait_for_message(server.socket, server.pending):
+            get_message(server)
+    if server.asked:
+        server.conclude(wait=True)
     server.unlink()
-    with server.socket:
+    ended = {"error": f"VM {server.vmname!r} has ended"}
+    for _, sender in server.waiting:
+        server.answer(sender, ended)
+    with server.socket, server._outlet:
         server.socket.setblocking(False)
         with contextlib.suppress(OSError):  # EAGAIN: nobody waits any more
             for _ in range(1000):
-                _, sender = server.socket.recvfrom(1)
-                server.answer(sender, {"error": f"VM {server.vmname!r} has ended"})
+                _, ancillary, _, sender = server.socket.recvmsg(1, ANCILLARY_SIZE)
+                if is_from(ancillary, 0, os.getuid()):
+                    server.answer(sender, ended)
+
+
+def wait_for_message(listener: socket.socket, pending: Pending) -> bool:
+    """Wait until there is a message or news of the pending answer; whether there is a message."""
+    ends: list[Any] = [listener, pending]
+    return listener in select.select(ends, [], [])[0]
 
 
 def get_message(server: IpcServer) -> None:
-    """Wait for one message, have its command carried out, and answer.
+    """Wait for one message, and see to it that it is served.
 
-    The thread sits in recvfrom() itself, not in select() before it: each system call gives Python's interpreter lock
-    to the virtual CPU, which computes without a pause and hands it back some milliseconds later.
+    The thread sits in recvmsg() itself, not in select() before it, unless it has to wait for something else as well:
+    each system call gives Python's interpreter lock to the virtual CPU, which computes without a pause and hands it
+    back some milliseconds later.
     """
-    datagram, sender = server.socket.recvfrom(ctypes.sizeof(IpcMessage) + 1)  # one more shows that it was too long
+    size = ctypes.sizeof(IpcMessage) + 1  # one more shows that it was too long
+    datagram, ancillary, _, sender = server.socket.recvmsg(size, ANCILLARY_SIZE)
+    if not is_from(ancillary, 0, os.getuid()):
+        return  # in silence: where an answer would go is a name of his choice, and we would go there with our rights
     if server.ending:
         return server.answer(sender, {"error": f"VM {server.vmname!r} has ended"})
     try:
         message = IpcMessage.from_datagram(datagram)
-        reply = server.carry_out(message)
     except IpcError as error:
         return server.answer(sender, {"error": str(error)})
-    if message.code in ENDS_VM:
-        server.ending = True
-        server.unlink()
-    server.answer(sender, reply)
+    server.take(message, sender)
 
 
 # --- ipc.h: bhyvectl's half ------------------------------------------------------------------------------------------
@@ -464,9 +655,11 @@ def send_message(path: str, message: IpcMessage, timeout: float = REPLY_TIMEOUT)
     deadline = time.monotonic() + timeout
     with _new_socket() as client:
         try:
-            client.bind(address)
+            owner = _owner_of(path)
+            _know_senders(client)
+            _bind_for(owner, client, address)
             _deliver(client, path, bytes(message), deadline)
-            reply = nvlist.unpack(_wait_for_reply(client, path, deadline))
+            reply = nvlist.unpack(_wait_for_reply(client, path, owner, deadline))
         except FileNotFoundError:
             raise IpcError(f"there is no VM named {vmname!r} in {run_dir}") from None
         except ConnectionError:
@@ -485,11 +678,38 @@ def send_message(path: str, message: IpcMessage, timeout: float = REPLY_TIMEOUT)
     return reply
 
 
-def _deliver(client: socket.socket, path: str, datagram: bytes, deadline: float) -> None:
-    """Send, as soon as the VM's queue has room, which it only lacks while a slow command holds it up."""
-    while True:
+def _owner_of(path: str) -> int:
+    """Whose VM it is. Raises IpcError for somebody else's and for what is no socket, FileNotFoundError for nothing."""
+    found = os.lstat(path)
+    if not stat.S_ISSOCK(found.st_mode):
+        raise IpcError(f"{path} is not the control socket of a VM")
+    if os.getuid() != 0 and found.st_uid not in (0, os.getuid()):
+        raise IpcError(f"the control socket {path} belongs to another user, with the number {found.st_uid}")
+    return found.st_uid
+
+
+def _bind_for(owner: int, client: socket.socket, address: str) -> None:
+    """Give a client an address that the VM of `owner` may send to. (By its name the file must not be touched again: in
+    another user's directory, it may have become something else.)"""
+    if owner == os.getuid():
+        with contextlib.suppress(OSError):
+            os.fchmod(client.fileno(), 0o600)  # on Linux, the mode that bind() makes the file with
+        client.bind(address)
+    else:
+        mask = os.umask(0)
         try:
-            client.sendto(datagram, socket.MSG_DONTWAIT, path)
+            client.bind(address)
+        finally:
+            os.umask(mask)
+
+
+def _deliver(client: socket.socket, path: str, datagram: bytes, deadline: float) -> None:
+    """Send, as soon as the VM's queue has room. Whoever waits for that in sendto() is served in turn by Linux."""
+    while True:
+        microseconds = max(1000, int((deadline - time.monotonic()) * 1e6))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *divmod(microseconds, 1_000_000)))
+        try:
+            client.sendto(datagram, path)
             return
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ENOBUFS):  # Linux, the BSDs
@@ -499,13 +719,16 @@ def _deliver(client: socket.socket, path: str, datagram: bytes, deadline: float)
         time.sleep(0.01)
 
 
-def _wait_for_reply(client: socket.socket, path: str, deadline: float) -> bytes:
-    """One datagram. Raises socket.timeout if none comes in time, IpcError as soon as nobody is left to send it."""
+def _wait_for_reply(client: socket.socket, path: str, owner: int, deadline: float) -> bytes:
+    """One datagram of the VM. Raises socket.timeout if none comes in time, IpcError if nobody is left to send it."""
     gone = False
     while True:
         client.settimeout(max(min(PROBE_INTERVAL, deadline - time.monotonic()), 0.001))
         try:
-            return client.recv(MAX_REPLY)
+            reply, ancillary, _, _ = client.recvmsg(MAX_REPLY, ANCILLARY_SIZE)
+            if is_from(ancillary, owner, 0, os.getuid()):
+                return reply
+            continue
         except socket.timeout:
             if gone:
                 raise IpcError(f"VM {os.path.basename(path)!r} ended before it answered") from None

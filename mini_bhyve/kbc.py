@@ -202,3 +202,5 @@ class KeyboardController(Device):
         self.last_answer = state.data("last_answer", self.last_answer)
         if len(self.memory) != 32:
             raise ValueError(f"the controller's memory has {len(self.memory)} bytes")
+        if len(self.waiting) > MAX_WAITING:
+            raise ValueError(f"{len(self.waiting)} bytes in the keyboard's buffer")

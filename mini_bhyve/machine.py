@@ -22,9 +22,11 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Callable
 
 from mini_bhyve import interrupts, loader, mptable
+from mini_bhyve.child import ChildTask
 from mini_bhyve.config import Config, ConfigError
 from mini_bhyve.console import Console
 from mini_bhyve.cpu import Cpu
@@ -36,12 +38,12 @@ from mini_bhyve.flags import IF
 from mini_bhyve.ide import DATA, Ide
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.ioapic import IoApic
-from mini_bhyve.ipc import IpcError, IpcMessage, IpcOpcode
+from mini_bhyve.ipc import Handler, IpcError, IpcMessage, IpcOpcode
 from mini_bhyve.kbc import KeyboardController
 from mini_bhyve.lapic import LocalApic
 from mini_bhyve.memory import PAGE_SIZE, Dma, GuestMemory, MappedDevice
 from mini_bhyve.rtc import Rtc
-from mini_bhyve.snapshot import SnapshotError, init_snapshot, vm_checkpoint
+from mini_bhyve.snapshot import Checkpoint, SnapshotError, init_snapshot, vm_checkpoint
 from mini_bhyve.uart import Uart16550
 from mini_bhyve.virtio_blk import VirtioBlk
 
@@ -77,6 +79,33 @@ class ExitCode(enum.IntEnum):
     TRIPLE_FAULT = 3
     ERROR = 4
     SUSPENDED = 5
+
+
+@dataclass
+class Answer:
+    """The answer to a command, when `task` has ended: what `complete` returns then (ipc.Pending)."""
+
+    task: ChildTask
+    complete: Callable[[], dict[str, Any]]
+
+    def fileno(self) -> int:
+        """Readable when there is news of the task."""
+        return self.task.fileno()
+
+    def finished(self) -> bool:
+        """Whether answer() need not wait."""
+        return self.task.finished()
+
+    def wait(self) -> None:
+        """Wait until the task has ended."""
+        self.task.wait()
+
+    def answer(self) -> dict[str, Any]:
+        """The answer. Raises IpcError if it is a refusal."""
+        try:
+            return self.complete()
+        except SnapshotError as error:
+            raise IpcError(str(error)) from error
 
 
 class Machine:
@@ -137,6 +166,8 @@ class Machine:
         self.stopping = threading.Lock()
         self.pause = init_snapshot()
         self.pause_requested = False
+        self.holding_back = threading.Lock()  # while the vCPU waits in the middle of an instruction
+        self.snapshot_begun: Checkpoint | None = None  # one that is being written
         self.wake_fd, self.kick_fd = os.pipe()
         for fd in (self.wake_fd, self.kick_fd):
             os.set_blocking(fd, False)
@@ -224,24 +255,70 @@ class Machine:
         return [self.uart, self.kbc, self.crtc, self.port92, self.reset_control, *self.disk_controllers()]
 
     def disks(self) -> list[dict[str, Any]]:
-        """Which disks there are, and what the guest knows of each."""
+        """Which disks there are, what the guest knows of each, and when it was last changed."""
         return [
             {
                 "slot": slot,
                 "path": image.path,
                 "size": image.sectors * SECTOR_SIZE,
                 "access": "read only" if image.read_only else "read and write",
+                "modified": image.modified(),
             }
             for slot, image in self.images.items()
         ]
 
-    def flush_disks(self) -> None:
-        """See to it that what the guest has written outlives the host: a snapshot counts on it."""
-        for image in self.images.values():
+    def disk_descriptors(self) -> tuple[int, ...]:
+        """What a child process must have open to seal_disks()."""
+        return tuple(image.descriptor for image in self.images.values())
+
+    def seal_disks(self, disks: list[dict[str, Any]]) -> None:
+        """See to it that what the guest has written outlives the host, and note the contents of each disk.
+
+        Not of one that has changed by the time they are read: the guest may go on writing meanwhile.
+        """
+        for disk in disks:
+            image = self.images[disk["slot"]]
             try:
                 image.flush()
+                checksum = image.checksum()
+                if image.modified() == disk["modified"]:
+                    disk["sha256"] = checksum
             except OSError as error:
                 raise SnapshotError(f"cannot write the disk {image.path}: {error.strerror or error}") from error
+
+    def disk_changed(self, disk: dict[str, Any]) -> bool:
+        """Whether the contents of one of our disks are others than those that seal_disks() has seen.
+
+        If it was last changed at the same time, they are taken to be the same; else all of it is read.
+        """
+        image = self.images[disk["slot"]]
+        if self.config.get_bool("restore.changed_disks") or "modified" not in disk:
+            return False
+        try:
+            return image.modified() != disk["modified"] and image.checksum() != disk.get("sha256")
+        except OSError as error:
+            raise SnapshotError(f"cannot read the disk {image.path}: {error.strerror or error}") from error
+
+    def hold_back(self, confirm: Callable[[], None]) -> None:
+        """Nothing leaves the machine, to the console or a disk, before `confirm` has returned; it may raise instead.
+
+        The vCPU waits in it, in the middle of an instruction. That is no state to be saved, but one to be looked at.
+        """
+
+        def wait() -> None:
+            with self.holding_back:
+                self.pause.checkpoint_cpu_suspend(0)
+                try:
+                    confirm()
+                finally:
+                    self.pause.checkpoint_cpu_resume(0)
+            self.uart.before_output = lambda: None
+            for image in self.images.values():
+                image.before_write = lambda: None
+
+        self.uart.before_output = wait
+        for image in self.images.values():
+            image.before_write = wait
 
     # --- Loading the first program ----------------------------------------------------------------------------------
 
@@ -305,6 +382,9 @@ class Machine:
         if self.pause_requested:
             self.pause_point()
             return
+        if self.uart.unsent:
+            self.wait_for_console()
+            return
         deadline = self.advance_devices()
         if cpu.retired >= cpu.interrupts_from:
             interrupts.take_interrupt(cpu)
@@ -346,6 +426,14 @@ class Machine:
         else:
             self.clock.skip_to(deadline)
 
+    def wait_for_console(self) -> None:
+        """The guest has printed more than there is room for: it stands still until there is, or kick() is called."""
+        self.uart.send()
+        room = self.console.room_fd
+        if self.uart.unsent and room is not None:
+            select.select([self.wake_fd], [room], [])
+            self.forget_kicks()
+
     # --- The clock on the wall --------------------------------------------------------------------------------------
 
     def anchor_clocks(self) -> None:
@@ -378,8 +466,7 @@ class Machine:
         if for_input and self.uart.wants_input and self.console.wait_fd is not None:
             descriptors.append(self.console.wait_fd)
         select.select(descriptors, [], [], None if nanoseconds is None else nanoseconds / NS_PER_SECOND)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake_fd, 4096)
+        self.forget_kicks()
 
     # --- Stopping and pausing, from any thread ----------------------------------------------------------------------
 
@@ -389,12 +476,16 @@ class Machine:
         with contextlib.suppress(BlockingIOError):
             os.write(self.kick_fd, b"k")
 
+    def forget_kicks(self) -> None:
+        """The vCPU has woken up: it looks anyway what there is."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_fd, 4096)
+
     def stop(self, exit_code: ExitCode, reason: str) -> None:
         """End the VM: no further instruction is executed after the present one. The first reason counts."""
         with self.stopping:
             if self.exit_code is None:
                 self.exit_code, self.reason = exit_code, reason
-        self.console.unblock()
         self.pause.vm_vcpu_resume()
         self.kick()
 
@@ -430,7 +521,7 @@ class Machine:
 
     # --- Commands, run by the thread that serves the socket ---------------------------------------------------------
 
-    def commands(self) -> dict[IpcOpcode, Callable[[IpcMessage], dict[str, Any] | None]]:
+    def commands(self) -> dict[IpcOpcode, Handler]:
         """What the VM can be asked for. A handler returns the answer, and raises IpcError to refuse."""
         return {
             IpcOpcode.START_CHECKPOINT: lambda message: self.checkpoint(message, stop_vm=False),
@@ -445,14 +536,36 @@ class Machine:
             IpcOpcode.DESTROY: lambda message: self.stop(ExitCode.ERROR, "destroyed"),
         }
 
-    def checkpoint(self, message: IpcMessage, stop_vm: bool) -> None:
+    def checkpoint(self, message: IpcMessage, stop_vm: bool) -> Answer:
         """START_CHECKPOINT and START_SUSPEND: save the VM, and with `stop_vm` end it then."""
         if not self.config.get_bool("snapshot"):
             raise IpcError("this VM was started without snapshots (snapshot=false)")
         try:
-            vm_checkpoint(self, message.filename, stop_vm)
+            begun = vm_checkpoint(self, message.filename, stop_vm)
         except SnapshotError as error:
             raise IpcError(str(error)) from error
+        self.snapshot_begun = begun
+
+        def complete() -> dict[str, Any]:
+            self.snapshot_begun = None
+            warning = begun.complete()
+            return {"warning": warning} if warning else {}
+
+        return Answer(begun.task, complete)
+
+    def verification(self, task: ChildTask) -> Answer:
+        """What is answered when it is known whether the snapshot that we go on from is whole; the VM ends if not."""
+
+        def complete() -> dict[str, Any]:
+            try:
+                task.check()
+            except SnapshotError as error:
+                self.stop(ExitCode.ERROR, str(error))
+                raise
+            with self.holding_back:  # the vCPU shall have come to the end of its instruction
+                return {}
+
+        return Answer(task, complete)
 
     def pause_command(self, message: IpcMessage) -> None:
         """PAUSE: the guest stands still until RESUME."""
@@ -484,9 +597,18 @@ class Machine:
             "memory": self.memory.size,
             **self.progress(),
             "snapshot": self.config.get_bool("snapshot"),
+            **self.snapshot_progress(),
             "active_cpus": sorted(self.pause.vcpus_active),
             "suspended_cpus": sorted(self.pause.vcpus_suspended),
         }
+
+    def snapshot_progress(self) -> dict[str, Any]:
+        """Of a snapshot that is being written, the file and how many bytes of memory have been gone through."""
+        begun = self.snapshot_begun
+        if begun is None:
+            return {}
+        begun.task.finished()
+        return {"snapshot_file": begun.path, "snapshot_done": begun.task.done, "snapshot_total": self.memory.size}
 
     def progress(self) -> dict[str, Any]:
         """How far the guest has come and where it is, all at one instant."""

@@ -180,3 +180,5 @@ class GuestMemory:
         """What RAM itself does not tell: the ROM and the A20 gate."""
         self.rom_size = state.u32("rom_size", self.rom_size)
         self.set_a20(state.flag("a20", self.a20_mask == -1))
+        if self.rom_size % PAGE_SIZE or self.rom_size > ONE_MIB:
+            raise ValueError(f"no ROM has {self.rom_size} bytes")

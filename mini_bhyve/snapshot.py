@@ -11,7 +11,7 @@ to ipc.c, and this file knows nothing of it. What became of the names:
     vm_vcpu_pause, vm_vcpu_resume                    VcpuPause.vm_vcpu_pause, vm_vcpu_resume
     vm_pause_devices, vm_resume_devices              none: devices run in the vCPU's thread, and stop with it
     vm_checkpoint                                    vm_checkpoint
-    vm_mem_write_to_file                             write_ram
+    vm_mem_write_to_file                             write_ram, and sparse.py
     vm_snapshot_kern_structs, vm_snapshot_devices    pack_states
     vm_snapshot_basic_metadata                       metadata
     load_restore_file, struct restore_state          load_snapshot, Snapshot
@@ -22,10 +22,20 @@ to ipc.c, and this file knows nothing of it. What became of the names:
 The three files, for a snapshot of the name NAME; how they come to be there is in snapshot_files.py. All have mode 0600:
 a guest's memory is private.
 
-    NAME        RAM as it is, byte for byte. Pages of zeros are holes in the file and take no space.
+    NAME        RAM as it is, byte for byte. Pages of zeros are holes in the file and take no space (sparse.py).
     NAME.kern   the state of processor and devices: one nvlist each, end to end.
-    NAME.meta   JSON: format version, what machine it was, where in NAME.kern each nvlist lies, the disks (only which
-                they were, not what was on them), SHA-256 of the other two (sha256sum tells the same) and of itself.
+    NAME.meta   JSON: format version, what machine it was, where in NAME.kern each nvlist lies, which disks it had and
+                SHA-256 of what was on them, SHA-256 of NAME.kern, of this file, and of what is not zero in NAME.
+                (In format version 1: of all of NAME, and nothing of what was on the disks.)
+
+A VM that is saved stands still for as long as it takes to fork; the child process writes what was then (child.py):
+
+    vCPU    ---runs---|stands still|---runs------------------------------
+    parent            pause, pack the devices' state, fork, resume         reply
+    child                          write NAME, NAME.kern, NAME.meta, commit -'
+
+A VM that is restored runs at once, and its memory is read from the file as it comes to it. Another child reads all of
+it meanwhile, for the checksum; until that has been found right, nothing leaves the machine (Machine.hold_back).
 """
 
 from __future__ import annotations
@@ -41,15 +51,18 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Callable, Protocol
 
 from mini_bhyve import nvlist
+from mini_bhyve.child import ChildTask, Tell
 from mini_bhyve.snapshot_files import KERN, META, RAM, SnapshotFiles, explained
 from mini_bhyve.snapshot_state import SnapshotError, Snapshottable, State, restore_state, save_state
+from mini_bhyve.sparse import Checksum, chunks_of_file, chunks_of_memory, write_all, write_in_use
 
 __all__ = ["Snapshot", "SnapshotError", "State", "VcpuPause", "init_snapshot", "load_snapshot", "vm_checkpoint"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 BASIC_METADATA = {"ncpus": int, "vmname": str, "memsize": int, "memflags": int}
+WRITER_NICE = 10  # of the process that writes while the guest runs: the guest goes first
 MAX_META_SIZE = 1 << 20  # bytes; far more than a VM needs, and little enough to be read without thought
-PAGE_SIZE = 4096
 
 
 class Memory(Protocol):
@@ -80,10 +93,19 @@ class VirtualMachine(Protocol):
         """What bhyve itself emulates."""
 
     def disks(self) -> list[dict[str, Any]]:
-        """Per disk a dict with "slot", "path", and whatever else must be the same when the VM is restored."""
+        """Per disk a dict with "slot", "path", "modified" (ns), and what else must be the same in a restored VM."""
 
-    def flush_disks(self) -> None:
-        """What the guest has written to its disks shall outlive the host. SnapshotError if that fails."""
+    def disk_descriptors(self) -> tuple[int, ...]:
+        """The descriptors that seal_disks() needs."""
+
+    def seal_disks(self, disks: list[dict[str, Any]]) -> None:
+        """What was on these disks(), which were told earlier, shall outlive the host. SnapshotError if that fails.
+
+        Each that is still as it was then gets "sha256", the checksum of its contents.
+        """
+
+    def disk_changed(self, disk: dict[str, Any]) -> bool:
+        """Whether a disk has other contents now than this one, of a snapshot. SnapshotError if it cannot be read."""
 
     def suspended(self) -> None:
         """End the VM: its vCPUs run no further instruction, even when they are resumed."""
@@ -183,70 +205,107 @@ def init_snapshot() -> VcpuPause:
 # --- Saving -----------------------------------------------------------------------------------------------------------
 
 
-def vm_checkpoint(vm: VirtualMachine, checkpoint_file: str, stop_vm: bool) -> None:
-    """Save the VM as the snapshot `checkpoint_file`; with `stop_vm`, end it then (suspend), else let it run on.
+class Checkpoint:
+    """A snapshot on its way to the disk: what vm_checkpoint() has begun, and complete() brings to its end.
 
-    The VM is paused meanwhile. A VM that was paused before stays so. On SnapshotError the VM goes on as if nothing had
-    been asked, and the name stands for the same snapshot as before; or for the new one, if only what comes after the
-    commit went wrong.
+    `task` is the child process that writes. With `stop_vm` the VM stands still until the end, and with `pause_ours` it
+    is we who had it paused.
     """
-    with SnapshotFiles(checkpoint_file) as files:
+
+    def __init__(self, vm: VirtualMachine, path: str, task: ChildTask, stop_vm: bool, pause_ours: bool):
+        self.vm = vm
+        self.path = path
+        self.task = task
+        self.stop_vm = stop_vm
+        self.pause_ours = pause_ours
+
+    def complete(self) -> str:
+        """Wait until the snapshot is written, and with `stop_vm` end the VM, or let it go on if that has failed.
+
+        Returns what the user should know, "" mostly. On SnapshotError the name stands for the same snapshot as before,
+        or for the new one if only what comes after the commit went wrong.
+        """
+        stopped = False
+        try:
+            self.task.check()
+            if self.stop_vm:
+                self.vm.suspended()
+                stopped = True
+        finally:
+            self.task.close()
+            if stopped or (self.stop_vm and self.pause_ours):
+                self.vm.pause.vm_vcpu_resume()
+        if self.task.refused:
+            return f"the VM stood still while {self.path} was written, for it could not be forked: {self.task.refused}"
+        return ""
+
+
+def vm_checkpoint(vm: VirtualMachine, checkpoint_file: str, stop_vm: bool) -> Checkpoint:
+    """Begin to save the VM as the snapshot `checkpoint_file`; with `stop_vm`, end it then (suspend).
+
+    The VM is paused and a child process begins to write what it is now. Without `stop_vm` it runs on then; with it, it
+    stands still until complete(). A VM that was paused before stays so. On SnapshotError it goes on as before.
+    """
+    pause_ours = not vm.pause.paused
+    if pause_ours:
+        vm.pause.vm_vcpu_pause(vm.suspend_all)
+    begun = False
+    try:
+        kern, document = take_picture(vm)
+        task = ChildTask(
+            f"write {checkpoint_file}",
+            lambda tell: write_snapshot(vm, kern, document, checkpoint_file, tell),
+            vm.disk_descriptors(),
+            nice=0 if stop_vm else WRITER_NICE,
+        )
+        begun = True
+    finally:
+        if pause_ours and not (begun and stop_vm):
+            vm.pause.vm_vcpu_resume()
+    return Checkpoint(vm, checkpoint_file, task, stop_vm, pause_ours)
+
+
+def take_picture(vm: VirtualMachine) -> tuple[bytes, dict[str, Any]]:
+    """All of a paused VM but its memory: the contents of NAME.kern, and what .meta says but for checksums."""
+    kern_structs, kern = pack_states(vm.kern_structs(), 0)
+    devices, more = pack_states(vm.devices(), len(kern))
+    document = {
+        "format version": FORMAT_VERSION,
+        "basic metadata": {"ncpus": vm.ncpus, "vmname": vm.name, "memsize": vm.memory.size, "memflags": 0},
+        "kern_structs": kern_structs,
+        "devices": devices,
+        "disks": vm.disks(),
+    }
+    return kern + more, document
+
+
+def write_snapshot(vm: VirtualMachine, kern: bytes, document: dict[str, Any], path: str, tell: Tell) -> None:
+    """Write the three files, of memory as it is in this process. What there is of them is removed if that fails."""
+    with SnapshotFiles(path) as files:
         files.finish_interrupted()
         files.check_names()
         files.remove_unfinished()
-        was_paused = vm.pause.paused
-        stopped = False
         try:
-            if not was_paused:
-                vm.pause.vm_vcpu_pause(vm.suspend_all)
-            write_snapshot(vm, files)
-            if stop_vm:
-                vm.suspended()
-                stopped = True
-        finally:
-            if stopped or not was_paused:
-                vm.pause.vm_vcpu_resume()
+            checksum = Checksum()
+            files.write_new(RAM, lambda descriptor: write_ram(descriptor, vm.memory.ram, checksum, tell))
+            files.write_new(KERN, lambda descriptor: write_all(descriptor, kern, 0))
+            vm.seal_disks(document["disks"])  # they are not in the snapshot, but what is in it counts on them
+            checksums = {"ram": checksum.hexdigest(), "kern": hashlib.sha256(kern).hexdigest()}
+            files.write_new(META, lambda descriptor: write_all(descriptor, metadata(document, checksums), 0))
+            files.commit()
+        except BaseException:
+            if not files.committed:
+                with suppress(SnapshotError):  # what cannot be removed now, the next checkpoint of this name removes
+                    files.remove_unfinished()
+            raise
 
 
-def write_snapshot(vm: VirtualMachine, files: SnapshotFiles) -> None:
-    """Write the three files of a paused VM. What there is of them is removed if that fails before the commit."""
-    try:
-        ram = memoryview(vm.memory.ram)
-        kern_structs, kern = pack_states(vm.kern_structs(), 0)
-        devices, more = pack_states(vm.devices(), len(kern))
-        kern += more
-        meta = metadata(vm, kern_structs, devices, ram, kern)
-        files.write_new(RAM, lambda descriptor: write_ram(descriptor, ram))
-        files.write_new(KERN, lambda descriptor: write_all(descriptor, kern, 0))
-        files.write_new(META, lambda descriptor: write_all(descriptor, meta, 0))
-        vm.flush_disks()  # the disks are not in the snapshot, but what is in it counts on them
-        files.commit()
-    except BaseException:
-        if not files.committed:
-            with suppress(SnapshotError):  # what cannot be removed now, the next checkpoint of this name removes
-                files.remove_unfinished()
-        raise
-
-
-def write_ram(descriptor: int, ram: memoryview) -> None:
-    """Write RAM into an empty file, leaving out pages of zeros: where nothing was written, a file reads as zeros."""
+def write_ram(descriptor: int, ram: mmap.mmap, checksum: Checksum, tell: Tell) -> None:
+    """Write RAM into an empty file, leaving out pages of zeros, and add it to the checksum."""
     os.ftruncate(descriptor, len(ram))
-    zeros = bytes(PAGE_SIZE)
-    run = 0  # where the pages begin that are not zero and not yet written
-    for page in range(0, len(ram), PAGE_SIZE):
-        contents = bytes(ram[page : page + PAGE_SIZE])
-        if contents == zeros[: len(contents)]:
-            write_all(descriptor, ram[run:page], run)
-            run = page + PAGE_SIZE
-    write_all(descriptor, ram[run:], run)
-
-
-def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write at `offset`; the system may take less than it is offered."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
+    for address, contents in chunks_of_memory(ram):
+        tell(address, len(ram))
+        write_in_use(descriptor, address, contents, checksum.add(address, contents))
 
 
 def pack_states(parts: Sequence[Snapshottable], offset: int) -> tuple[list[dict[str, Any]], bytes]:
@@ -264,22 +323,9 @@ def pack_states(parts: Sequence[Snapshottable], offset: int) -> tuple[list[dict[
     return entries, b"".join(blobs)
 
 
-def metadata(
-    vm: VirtualMachine,
-    kern_structs: list[dict[str, Any]],
-    devices: list[dict[str, Any]],
-    ram: memoryview,
-    kern: bytes,
-) -> bytes:
+def metadata(document: dict[str, Any], checksums: dict[str, str]) -> bytes:
     """The contents of NAME.meta."""
-    document: dict[str, Any] = {
-        "format version": FORMAT_VERSION,
-        "basic metadata": {"ncpus": vm.ncpus, "vmname": vm.name, "memsize": len(ram), "memflags": 0},
-        "kern_structs": kern_structs,
-        "devices": devices,
-        "disks": vm.disks(),
-        "sha256": {"ram": hashlib.sha256(ram).hexdigest(), "kern": hashlib.sha256(kern).hexdigest()},
-    }
+    document = {**document, "sha256": checksums}
     document["sha256"]["meta"] = meta_checksum(document)
     return (json.dumps(document, indent=4) + "\n").encode()
 
@@ -295,7 +341,7 @@ def meta_checksum(document: dict[str, Any]) -> str:
 
 @dataclass(eq=False)
 class Snapshot:
-    """A snapshot that has been read and found whole.
+    """A snapshot of which all has been read and found whole but RAM: for that there is verify_ram().
 
     `ram` is a private mapping of the file NAME: the VM's memory is to be built on it, so nothing is copied, and the
     file is never changed. For one VM only. `kern_structs` and `devices` are the fields of each, by name.
@@ -310,6 +356,30 @@ class Snapshot:
     devices: dict[str, dict[str, Any]]
     disks: list[dict[str, Any]]
     ram: mmap.mmap
+    ram_file: BinaryIO
+    ram_checksum: str
+    version: int
+
+    def verify_ram(self, tell: Tell = lambda done, total: None) -> None:
+        """Read all of the file NAME and compare its checksum. SnapshotError if it is not what .meta says.
+
+        To be called before a guest writes into `ram`.
+        """
+        if self.version == 1:
+            found = hashlib.sha256(self.ram).hexdigest()
+        else:
+            checksum = Checksum()
+            with explained("read", self.path):
+                for place, contents in chunks_of_file(self.ram_file.fileno(), self.memsize):
+                    tell(place, self.memsize)
+                    checksum.add(place, contents)
+            found = checksum.hexdigest()
+        if found != self.ram_checksum:
+            raise SnapshotError(f"{self.path} is damaged or of another snapshot: its SHA-256 is not what .meta says")
+
+    def begin_verification(self) -> ChildTask:
+        """Have a child process verify_ram(), while the guest runs already."""
+        return ChildTask(f"verify {self.path}", self.verify_ram, (self.ram_file.fileno(),))
 
     def restore(self, vm: VirtualMachine) -> None:
         """Make `vm`, which does not run, what the saved one was. On SnapshotError it is as it was before.
@@ -345,13 +415,18 @@ class Snapshot:
         theirs_by_slot = {str(disk.get("slot")): disk for disk in vm.disks()}
         self._compare_names("a disk in slot ", ours_by_slot, theirs_by_slot)
         for slot, disk in theirs_by_slot.items():
-            for key in sorted(set(ours_by_slot[slot]) - {"path"}):  # a disk image may have been moved
+            for key in sorted(set(ours_by_slot[slot]) - {"path", "modified", "sha256"}):
                 before, now = ours_by_slot[slot].get(key), disk.get(key)
                 if before != now:
                     raise SnapshotError(
                         f"{self.path} is of a VM whose disk in slot {slot} had the {key} {before}, "
                         f"but that of {disk.get('path')} is {now}"
                     )
+            if vm.disk_changed(ours_by_slot[slot]):
+                raise SnapshotError(
+                    f"{self.path} is of a VM whose disk in slot {slot} had other contents than {disk.get('path')} has "
+                    "now (-o restore.changed_disks=true goes on with it all the same)"
+                )
 
     def _compare_names(self, what: str, ours: Iterable[str], theirs: Iterable[str]) -> None:
         missing, extra = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
@@ -362,34 +437,45 @@ class Snapshot:
 
 
 def load_snapshot(path: str) -> Snapshot:
-    """Read the snapshot `path` and check all of it. SnapshotError names the file that is missing, damaged or foreign.
+    """Read the snapshot `path` and check all but RAM. SnapshotError names the file that is missing, damaged or foreign.
 
-    An interrupted checkpoint that got past its commit is finished first. All of RAM is read once for its checksum.
+    An interrupted checkpoint that got past its commit is finished first.
     """
     with SnapshotFiles(path) as files:
         files.finish_interrupted()
-        with files.open(META) as meta_file, files.open(KERN) as kern_file, files.open(RAM) as ram_file:
+        with files.open(META) as meta_file:
             meta = parse_meta(path + META, _read(path + META, meta_file, MAX_META_SIZE))
+        with files.open(KERN) as kern_file:
             kern_size = sum(entry["size"] for entry in meta["kern_structs"] + meta["devices"])
             _check_size(path + KERN, kern_file, kern_size)
             kern = _read(path + KERN, kern_file, kern_size)
-            memsize = meta["basic metadata"]["memsize"]
-            _check_size(path, ram_file, memsize)
-            with explained("map", path):
-                ram = mmap.mmap(
-                    ram_file.fileno(), memsize, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
-    for suffix, name, contents in ((KERN, "kern", kern), (RAM, "ram", ram)):
-        if hashlib.sha256(contents).hexdigest() != meta["sha256"][name]:
-            raise SnapshotError(f"{path}{suffix} is damaged or of another snapshot: its SHA-256 is not what .meta says")
+        ram_file, ram = map_ram(path, files, meta["basic metadata"]["memsize"])
+    if hashlib.sha256(kern).hexdigest() != meta["sha256"]["kern"]:
+        raise SnapshotError(f"{path}{KERN} is damaged or of another snapshot: its SHA-256 is not what .meta says")
     return Snapshot(
         path=path,
         kern_structs=unpack_states(path + KERN, meta["kern_structs"], kern),
         devices=unpack_states(path + KERN, meta["devices"], kern),
         disks=meta["disks"],
         ram=ram,
+        ram_file=ram_file,
+        ram_checksum=meta["sha256"]["ram"],
+        version=meta["format version"],
         **meta["basic metadata"],
     )
+
+
+def map_ram(path: str, files: SnapshotFiles, memsize: int) -> tuple[BinaryIO, mmap.mmap]:
+    """The file NAME, open, and a private mapping of it: what is written there never reaches the file."""
+    file = files.open(RAM)
+    try:
+        _check_size(path, file, memsize)
+        with explained("map", path):
+            flags, rights = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
+            return file, mmap.mmap(file.fileno(), memsize, flags=flags, prot=rights)
+    except SnapshotError:
+        file.close()
+        raise
 
 
 def parse_meta(path: str, text: bytes) -> dict[str, Any]:
@@ -398,9 +484,10 @@ def parse_meta(path: str, text: bytes) -> dict[str, Any]:
         document = json.loads(text)
         if type(document) is not dict or "format version" not in document:
             raise SnapshotError(f"{path} is not the metadata of a snapshot")
-        if document["format version"] != FORMAT_VERSION:
+        if document["format version"] not in READABLE_VERSIONS:
             raise SnapshotError(
-                f"{path} is of format version {document['format version']!r:.20}, this program reads {FORMAT_VERSION}"
+                f"{path} is of format version {document['format version']!r:.20}, "
+                f"this program reads {' and '.join(map(str, READABLE_VERSIONS))}"
             )
         checksums = _member(path, document, "sha256", dict)
         if meta_checksum(document) != checksums.get("meta"):

@@ -90,7 +90,7 @@ class State:
         """Any number of unsigned numbers of 64 bits."""
         values = self._exchange(name, list(value))
         self._demand(type(values) is list and all(_fits(v, 64) for v in values), name, "not a list of 64-bit numbers")
-        return values
+        return list(values)  # the device may change its own
 
     def optional_u64(self, name: str, value: int | None) -> int | None:
         """An unsigned number of 64 bits, or None: a deadline that is not set, for example."""
@@ -137,15 +137,29 @@ def _fits(value: Any, bits: int) -> bool:
 def save_state(part: Snapshottable) -> dict[str, Any]:
     """The fields of a device, by name. SnapshotError for one that could not be restored."""
     state = State(part.name)
-    part.snapshot(state)
+    _exchange_all(part, state, "its state makes no sense")
     return state.fields
 
 
 def restore_state(part: Snapshottable, fields: dict[str, Any]) -> None:
-    """Give a device the fields that save_state() returned. SnapshotError if they are not of its kind."""
+    """Give a device the fields that save_state() returned. SnapshotError if they are not of its kind.
+
+    Or if it cannot hold one of them as it is: bits of a register that it does not have would be lost unnoticed.
+    """
     state = State(part.name, fields)
+    _exchange_all(part, state, "the state in the snapshot makes no sense")
+    state.finish()
+    held = save_state(part)
+    for name, value in fields.items():
+        if held[name] != value:
+            raise SnapshotError(
+                f"{part.name}: {name} is {value!r:.80} in the snapshot, of which is left {held[name]!r:.80}"
+            )
+
+
+def _exchange_all(part: Snapshottable, state: State, nonsense: str) -> None:
+    """Let a device hand over its fields, in either direction; it raises what Python has for values that cannot be."""
     try:
         part.snapshot(state)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise SnapshotError(f"{part.name}: the state in the snapshot makes no sense ({error})") from error
-    state.finish()
+        raise SnapshotError(f"{part.name}: {nonsense} ({error})") from error

@@ -5,6 +5,7 @@ Section and table names are those of the PC16550D data sheet.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Callable, Protocol
 
 from mini_bhyve.devices import MILLISECOND, SECOND, Clock, Device
@@ -60,6 +61,7 @@ MSR_DELTAS = 0x0F  # DCTS, DDSR, TERI, DDCD: which of them changed since MSR was
 UART_HZ = 1843200  # crystal of a PC's serial port
 FIFO_SIZE = 16
 CONSOLE_INTERVAL = MILLISECOND  # how often the console is asked for input
+PRINTED_SIZE = 4096  # of what the guest has sent, so many bytes are kept: some fifty lines
 
 
 class Console(Protocol):
@@ -68,8 +70,8 @@ class Console(Protocol):
     def read(self, limit: int) -> bytes:
         """At most `limit` bytes of input, none if there is nothing now."""
 
-    def write(self, data: bytes) -> object:
-        """Show `data`."""
+    def write(self, data: bytes) -> bytes | None:
+        """Show `data`, without waiting for anybody; returns what there is no room for now, if anything."""
 
 
 class Uart16550(Device):
@@ -79,6 +81,7 @@ class Uart16550(Device):
     takes place at every whole millisecond of virtual time, so that the same input arrives at the same instruction
     whenever it is read from a file; the console is asked only for what the receiver has room for, so nothing is lost
     and nothing overruns. It is first asked after the guest's first access to the port: before that nobody listens.
+    What the console has no room for is `unsent`, and the guest is to stand still until `send` has got rid of that.
 
     As in bhyve: what is on the line is never garbled, so line settings matter only to the character timeout; there is a
     MODEM, always ready; and OUT2 does not gate the interrupt line, as it does on a PC's adapter card.
@@ -97,6 +100,8 @@ class Uart16550(Device):
         self.clock = clock
         self.set_irq = set_irq
         self.console = console
+        # Called before each byte that goes out; while it is not known whether the guest may go on, it waits.
+        self.before_output: Callable[[], None] = lambda: None
         self.base = base
         self.ports = range(base, base + 8)
         self.name = name
@@ -105,6 +110,9 @@ class Uart16550(Device):
         self.ier = self.fcr = self.lcr = self.mcr = self.scr = 0
         self.msr = MSR_DCD | MSR_DSR | MSR_CTS
         self.received = b""  # the receive FIFO, oldest byte first
+        self.unsent = b""
+        # The end of what went out on the line. No part of the chip: it is for those who look at a snapshot.
+        self.printed: deque[int] = deque(maxlen=PRINTED_SIZE)
         self.overrun = False
         self.thr_empty_pending = False  # the interrupt; THR itself is always empty
         self.timeout_pending = False
@@ -220,7 +228,8 @@ class Uart16550(Device):
         self.thr_empty_pending = False
         self._update_irq()
         if not self.mcr & MCR_LOOP:
-            self.console.write(bytes([value]))
+            self.printed.append(value)
+            self.send(bytes([value]))
         elif self._room():
             self._receive(bytes([value]), self.clock.now)
         else:
@@ -228,6 +237,11 @@ class Uart16550(Device):
             if not self.fcr & FCR_ENABLE:
                 self.received = bytes([value])  # RBR is overwritten; a FIFO keeps what it has
         self.thr_empty_pending = True
+
+    def send(self, data: bytes = b"") -> None:
+        """To the console, behind what it has not had room for yet."""
+        self.before_output()
+        self.unsent = self.console.write(self.unsent + data) or b""
 
     def _write_fcr(self, value: int) -> None:
         if not value & FCR_ENABLE:
@@ -309,6 +323,8 @@ class Uart16550(Device):
         self.msr = state.u8("msr", self.msr)
         self.scr = state.u8("scr", self.scr)
         self.received = state.data("received", self.received)
+        self.unsent = state.data("unsent", self.unsent)
+        self.printed = deque(state.data("printed", bytes(self.printed)), PRINTED_SIZE)
         self.overrun = state.flag("overrun", self.overrun)
         self.thr_empty_pending = state.flag("thr_empty_pending", self.thr_empty_pending)
         self.timeout_pending = state.flag("timeout_pending", self.timeout_pending)

@@ -10,7 +10,7 @@ from typing import Callable
 
 import pytest
 
-pytest.register_assert_rewrite("vm_tools", "os_tools")
+pytest.register_assert_rewrite("vm_tools", "os_tools", "busy_machine", "lockstep")
 
 # What the tests start shall behave as at a terminal, also where they were started by nohup, which has SIGHUP ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

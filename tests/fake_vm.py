@@ -1,10 +1,10 @@
 """A process with a control socket and no virtual machine behind it, to test the two halves of ipc.py and ctl.py with.
 
-    python fake_vm.py RUN_DIR NAME [busy] [slow] [refuse] [deaf]
+    python fake_vm.py RUN_DIR NAME [busy] [slow] [refuse] [deaf] [writing]
 
 Each request is told on standard output, one JSON object a line, after a first line "ready". "busy" computes without a
 pause, as a virtual CPU does, and tells nothing; "slow" takes half a second over a snapshot; "refuse" refuses all but
-status; "deaf" stops reading the socket.
+status; "deaf" stops reading the socket; "writing" takes two seconds over a snapshot, and tells meanwhile how far it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mini_bhyve import nvlist
 from mini_bhyve.ipc import ENDS_VM, TAKES_FILENAME, IpcError, IpcMessage, IpcOpcode, init_ipc
 
 NUMBERS = "rip rsp rax rbx rcx rdx rsi rdi rbp r8 r9 r10 r11 r12 r13 r14 r15 rflags cr0 cr2 cr3 cr4 efer".split()
@@ -63,7 +65,57 @@ def fake_vm(run_dir: str, name: str, *behaviour: str) -> Iterator[FakeVm]:
             vm.kill()
 
 
+def status(name: str, paused: bool = False, snapshot: bool = True) -> dict[str, object]:
+    return {
+        "name": name,
+        "state": "paused" if paused else "running",
+        "pid": os.getpid(),
+        "ncpus": 2,
+        "memory": 64 << 20,
+        "instructions": 123456789,
+        "time_ns": 12345678900,
+        "rip": 0xC0100000,
+        "mode": "32-bit paged",
+        "snapshot": snapshot,
+        "active_cpus": [0, 1],
+        "suspended_cpus": [0, 1] if paused else [],
+    }
+
+
+WRITING_TIME = 2.0  # seconds
+SNAPSHOT_SIZE = 64 << 20
+
+
+def serve_while_writing(run_dir: str, name: str) -> None:
+    """Answer STATUS at once, also while a snapshot is being written, and the request for that when it is there.
+
+    Not by init_ipc(), whose commands wait for each other.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(os.path.join(run_dir, name))
+        print("ready", flush=True)
+        began, file, writer = 0.0, "", None
+        while True:
+            listener.settimeout(0.01)
+            with contextlib.suppress(socket.timeout):
+                datagram, sender = listener.recvfrom(2048)
+                message = IpcMessage.from_datagram(datagram)
+                if message.code in TAKES_FILENAME:
+                    began, file, writer = time.monotonic(), message.filename, sender
+                    print(json.dumps({"opcode": IpcOpcode(message.code).name, "filename": file}), flush=True)
+                else:
+                    done = int((time.monotonic() - began) / WRITING_TIME * SNAPSHOT_SIZE)
+                    progress = {"snapshot_file": file, "snapshot_done": done, "snapshot_total": SNAPSHOT_SIZE}
+                    listener.sendto(nvlist.pack({**status(name), **(progress if writer else {})}), sender)
+            if writer and time.monotonic() >= began + WRITING_TIME:
+                with contextlib.suppress(OSError):  # it has not waited
+                    listener.sendto(nvlist.pack({}), writer)
+                writer = None
+
+
 def main(run_dir: str, name: str, *behaviour: str) -> None:
+    if "writing" in behaviour:
+        serve_while_writing(run_dir, name)
     ended = threading.Event()
     paused = threading.Event()
 
@@ -89,20 +141,7 @@ def main(run_dir: str, name: str, *behaviour: str) -> None:
         if opcode == IpcOpcode.REGS:
             return dict(registers(message.data.vcpu.vcpuid))
         if opcode == IpcOpcode.STATUS:
-            return {
-                "name": name,
-                "state": "paused" if paused.is_set() else "running",
-                "pid": os.getpid(),
-                "ncpus": 2,
-                "memory": 64 << 20,
-                "instructions": 123456789,
-                "time_ns": 12345678900,
-                "rip": 0xC0100000,
-                "mode": "32-bit paged",
-                "snapshot": "refuse" not in behaviour,
-                "active_cpus": [0, 1],
-                "suspended_cpus": [0, 1] if paused.is_set() else [],
-            }
+            return status(name, paused.is_set(), "refuse" not in behaviour)
         return {}
 
     server = init_ipc(name, run_dir, dict.fromkeys(IpcOpcode, serve))

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from elftools.elf.elffile import ELFFile
+from snapshot_machine import checkpoint
 from vm_tools import configured, run_to
 
 from mini_bhyve.console import ScriptedConsole
 from mini_bhyve.machine import ExitCode, Machine
-from mini_bhyve.snapshot import load_snapshot, vm_checkpoint
+from mini_bhyve.snapshot import load_snapshot
 
 
 def address_of(symbol: str, elf: BinaryIO) -> int:
@@ -71,14 +72,14 @@ class Guest:
         chance = random.Random(at[0])
         for instant in at:
             run_to(machine, instant, turns=chance.randrange(3))
-            vm_checkpoint(machine, str(directory / "suspended"), stop_vm=True)
+            checkpoint(machine, str(directory / "suspended"), stop_vm=True)
             machine = self.restore(directory / "suspended", directory, machine.console)
         return machine
 
     def checkpoint(self, machine: Machine, directory: Path, copy: Path) -> User:
         """Save a machine, which can run on, into the new directory `copy`, with its disks; returns its user of then."""
         copy.mkdir()
-        vm_checkpoint(machine, str(copy / "checkpoint"), stop_vm=False)
+        checkpoint(machine, str(copy / "checkpoint"), stop_vm=False)
         for _, image in self.disks:
             shutil.copyfile(directory / image.name, copy / image.name)
         return machine.console.copy()

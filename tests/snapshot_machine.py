@@ -2,7 +2,7 @@
 
 import mmap
 
-from mini_bhyve.snapshot import init_snapshot
+from mini_bhyve.snapshot import init_snapshot, load_snapshot, vm_checkpoint
 from mini_bhyve.snapshot_state import save_state
 
 PAGE = 4096
@@ -12,7 +12,7 @@ SIZE = 16 * PAGE
 class Memory:
     def __init__(self, size, ram=None):
         self.size = size
-        self.ram = mmap.mmap(-1, size) if ram is None else ram
+        self.ram = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if ram is None else ram
 
 
 class Timer:
@@ -60,8 +60,14 @@ class Machine:
     def disks(self):
         return self.disk_list
 
-    def flush_disks(self):
+    def disk_descriptors(self):
+        return ()
+
+    def seal_disks(self, disks):
         pass
+
+    def disk_changed(self, disk):
+        return False
 
     def suspended(self):
         assert self.pause.paused, "it could run a further instruction"
@@ -88,3 +94,19 @@ def whole(snapshot):
 OLD = machine(b"old" * 100, 1)
 NEW = machine(b"newer" * 100, 2)
 COMPLETE = ["vm.ckp", "vm.ckp.kern", "vm.ckp.meta"]
+
+
+# How the tests of whole machines save one, and how they read and check what was saved.
+
+
+def checkpoint(vm, path, stop_vm=False):
+    """Save a machine that does not run, wholly, as the snapshot `path`."""
+    return vm_checkpoint(vm, str(path), stop_vm).complete()
+
+
+def load_and_check(path):
+    """Read a snapshot, and check all of it."""
+    snapshot = load_snapshot(str(path))
+    snapshot.verify_ram()
+    snapshot.ram_file.close()
+    return snapshot

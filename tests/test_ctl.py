@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import socket
@@ -12,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from fake_vm import fake_vm, registers
+from fake_vm import SNAPSHOT_SIZE, fake_vm, registers
 
 import ctl
 from mini_bhyve import ipc
@@ -261,6 +263,82 @@ def test_without_anything_to_do_bhyvectl_only_says_whether_there_is_such_a_vm(ru
     assert (status, out) == (1, "") and "there is no VM named 'none'" in err
 
 
+def test_what_a_vm_warns_of_is_told_beside_what_it_has_done(run, run_dir):
+    commands = {ipc.IpcOpcode.START_CHECKPOINT: lambda message: {"warning": "it stood still"}}
+    with contextlib.closing(ipc.init_ipc("vm", run_dir, commands)):
+        done = "a snapshot of VM 'vm' is written to /vm.ckp"
+        assert run("checkpoint", "vm", "/vm.ckp") == (0, f"{done}\n", "ctl.py: it stood still\n")
+        assert json.loads(run("checkpoint", "vm", "/vm.ckp", "--json")[1])["warning"] == "it stood still"
+
+
+# --- a snapshot that takes long --------------------------------------------------------------------------------------
+
+
+@behaving("writing")
+def test_on_a_terminal_a_bar_shows_how_far_a_snapshot_is_and_goes_when_it_is_there(run_dir, vm):
+    master, terminal = pty.openpty()
+    command = [sys.executable, CTL, "suspend", "vm", "/vm.ckp", "--rundir", run_dir]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+            while data := os.read(master, 4096):
+                shown += data
+        assert (process.wait(20), process.stdout.read()) == (0, b"VM 'vm' is suspended to /vm.ckp\n")
+    os.close(master)
+    done = [int(number) for number in re.findall(rb"(\d+) of 64 MB to /vm.ckp", shown)]
+    assert len(done) > 2 and done == sorted(done) and 0 < done[0] < done[-1] <= 64
+    assert shown.endswith(b"\x1b[2K"), "and its line is empty in the end"
+
+
+@behaving("writing")
+def test_on_a_pipe_nothing_is_shown_of_how_far_a_snapshot_is(run_dir, vm):
+    with run_process("checkpoint", "vm", "/vm.ckp", "--rundir", run_dir) as process:
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "a snapshot of VM 'vm' is written to /vm.ckp\n", "")
+    vm.next_request()
+
+
+@behaving("writing")
+def test_while_a_snapshot_is_written_status_shows_it_and_an_interrupted_request_leaves_it_alone(run, run_dir, vm):
+    with run_process("checkpoint", "vm", "/vm.ckp", "--rundir", run_dir) as process:
+        vm.next_request()
+        assert re.search(r"^writing       \d+ of 64 MB to /vm.ckp$", run("status", "vm")[1], re.MULTILINE)
+        assert json.loads(run("status", "vm", "--json")[1])["snapshot_total"] == SNAPSHOT_SIZE
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "")
+    assert re.fullmatch(
+        r"ctl.py: interrupted; VM 'vm' goes on writing the snapshot, so far \d+ of 64 MB to /vm.ckp: "
+        r"`ctl.py status vm` tells\n",
+        err,
+    )
+    assert os.listdir(run_dir) == ["vm"]
+
+
+@behaving("deaf")
+def test_an_interrupted_request_to_a_vm_that_does_not_answer_says_that_it_may_still_be_carried_out(run_dir, vm):
+    with run_process("suspend", "vm", "/vm.ckp", "--rundir", run_dir) as process:
+        vm.next_request()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "")
+    assert err == (
+        "ctl.py: interrupted; VM 'vm' was asked for a snapshot to /vm.ckp and may still be writing it: "
+        "`ctl.py status vm` tells\n"
+    )
+    assert os.listdir(run_dir) == ["vm"]
+
+
+def test_what_became_of_an_interrupted_request_is_told_also_if_nothing_is_being_written(run_dir, vm):
+    path = os.path.join(run_dir, "vm")
+    assert ctl.interrupted(path, "/vm.ckp") == "VM 'vm' is not writing a snapshot: it has finished, or not begun"
+    vm.kill()
+    vm.wait()
+    assert ctl.interrupted(path, "/vm.ckp") == "VM 'vm', which was asked for a snapshot to /vm.ckp, has ended"
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -341,13 +419,13 @@ def test_it_runs_from_any_directory_and_its_exit_status_is_that_of_the_process(r
 
 
 @behaving("deaf")
-def test_an_interrupt_while_it_waits_ends_it_with_a_sentence(run_dir, vm):
-    with run_process("suspend", "vm", "/vm.ckp", "--rundir", run_dir) as process:
+def test_an_interrupt_while_it_waits_for_another_answer_ends_it_with_a_sentence(run_dir, vm):
+    with run_process("pause", "vm", "--rundir", run_dir) as process:
         vm.next_request()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (1, "")
-    assert err == "ctl.py: interrupted; what the VM was asked to do, it may still do\n"
+    assert err == "ctl.py: interrupted; what a VM was asked to do, it may still do\n"
 
 
 def test_a_reader_that_has_seen_enough_is_not_complained_of(run_dir, vm):

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from snapshot_machine import checkpoint
 from vm_tools import assert_same_state, configured
 
 from mini_bhyve.console import ScriptedConsole
@@ -25,7 +26,7 @@ from mini_bhyve.ide import COMMANDS, IDENTIFY_DEVICE, READS, RESET, SET_FEATURES
 from mini_bhyve.ioapic import IOAPIC_ADDRESS, IOREGSEL, IOWIN
 from mini_bhyve.lapic import EOI, INITIAL_COUNT, LAPIC_ADDRESS, LVT_TIMER, SVR
 from mini_bhyve.machine import VIRTIO_BASE, ExitCode, Machine
-from mini_bhyve.snapshot import load_snapshot, vm_checkpoint
+from mini_bhyve.snapshot import load_snapshot
 from mini_bhyve.start import flat_start
 
 # A guest that is not done by then is stopped. (If it is halted, and no interrupt gets through, only time goes on.)
@@ -296,7 +297,7 @@ def booted(directory: Path, program: Sequence[bytes]) -> Machine:
 def suspended_and_restored(machine: Machine, directory: Path) -> Machine:
     """The machine that goes on from a snapshot of this one."""
     path = str(directory / "vm.ckp")
-    vm_checkpoint(machine, path, stop_vm=True)
+    checkpoint(machine, path, stop_vm=True)
     snapshot = load_snapshot(path)
     restored = new_machine(directory, machine.console, snapshot.ram)
     snapshot.restore(restored)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_bhyve.devices import Pic
+from mini_bhyve.snapshot_state import restore_state, save_state
 from mini_bhyve.uart import Uart16550
 
 MILLISECOND = 10**6
@@ -455,6 +456,60 @@ def test_a_restored_uart_goes_on_as_the_saved_one_does(script, before, after):
         assert take(copy.uart, copy.clock, step) == take(bench.uart, bench.clock, step)
     assert copy.irq.levels == bench.irq.levels
     assert copy.terminal.shown == bench.terminal.shown and copy.terminal.script == bench.terminal.script
+
+
+class Narrow(Terminal):
+    """A console that has room for so many bytes and no more."""
+
+    room = 0
+
+    def write(self, data: bytes) -> bytes:
+        taken, rest = data[: self.room], data[self.room :]
+        super().write(taken)
+        self.room -= len(taken)
+        return rest
+
+
+def test_what_the_console_has_no_room_for_is_kept_in_order_and_in_the_state_until_it_has():
+    narrow = Narrow()
+    clock, line = HandClock(), Line()
+    uart = Uart16550(clock, line, narrow)
+    narrow.room = 2
+    for value in b"abcd":
+        uart.outb(DATA, value)
+    assert (narrow.shown, uart.unsent) == (b"ab", b"cd")
+    copy = Uart16550(clock, line, Narrow())
+    restore(copy, save(uart))
+    assert copy.unsent == b"cd"
+    narrow.room = 1
+    uart.send()
+    assert (narrow.shown, uart.unsent) == (b"abc", b"d")
+    narrow.room = 9
+    uart.outb(DATA, ord("e"))
+    assert (narrow.shown, uart.unsent) == (b"abcde", b"")
+
+
+def test_the_last_4_kb_that_the_guest_sent_are_in_a_snapshot_and_loopback_sends_nothing():
+    bench, copy = Bench(), Bench()
+    sent = b"".join(b"line %d\r\n" % number for number in range(1000))
+    for byte in sent:
+        bench.uart.outb(DATA, byte)
+    bench.uart.outb(MCR, 0x10)
+    bench.uart.outb(DATA, 0x21)
+    restore(copy.uart, save(bench.uart))
+    bench.uart.outb(MCR, 0)
+    bench.uart.outb(DATA, 0x22)
+    copy.uart.outb(MCR, 0)
+    copy.uart.outb(DATA, 0x22)
+    assert save(copy.uart)["printed"] == save(bench.uart)["printed"] == (sent + b"\x22")[-4096:]
+
+
+def test_a_snapshot_from_before_the_output_was_kept_is_restored_without_any():
+    fields = save_state(Bench(fifo=0x01).uart)
+    del fields["printed"]
+    copy = Bench()
+    restore_state(copy.uart, fields)
+    assert save_state(copy.uart) == {**fields, "printed": b""}
 
 
 @unhurried

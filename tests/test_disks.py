@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from protected_guest import assemble
+from snapshot_machine import checkpoint
 from vm_tools import Typist, assert_same_state, configured, run_bhyve, run_to, single_step
 
 from mini_bhyve.config import ConfigError
 from mini_bhyve.disk import DiskError, DiskImage
 from mini_bhyve.machine import ExitCode, Machine
-from mini_bhyve.snapshot import SnapshotError, load_snapshot, vm_checkpoint
+from mini_bhyve.snapshot import SnapshotError, load_snapshot
 
 HALT, ERROR = 2, 4
 SECTOR = 512
@@ -262,7 +263,7 @@ def test_a_vm_suspended_with_a_command_in_flight_goes_on_as_if_nothing_had_been(
         vm = booted(images)
         run_to(vm, min(instant, reference.cpu.retired - 1))
         printed = vm.console.output
-        vm_checkpoint(vm, str(tmp_path / "vm.ckp"), stop_vm=True)
+        checkpoint(vm, str(tmp_path / "vm.ckp"), stop_vm=True)
         snapshot = load_snapshot(str(tmp_path / "vm.ckp"))
         vm = machine(images, snapshot.ram)
         snapshot.restore(vm)
@@ -274,11 +275,12 @@ def test_a_vm_suspended_with_a_command_in_flight_goes_on_as_if_nothing_had_been(
 
 
 def test_the_disks_are_flushed_before_a_snapshot_is_complete(images, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "fork")  # so that it is this process that writes, and we see it
     vm = booted(images)
     complete = []
     for image in vm.images.values():
         monkeypatch.setattr(image, "flush", lambda: complete.append((tmp_path / "vm.ckp.meta").exists()))
-    vm_checkpoint(vm, str(tmp_path / "vm.ckp"), stop_vm=False)
+    checkpoint(vm, str(tmp_path / "vm.ckp"), stop_vm=False)
     assert complete == [False, False]
 
 
@@ -289,7 +291,7 @@ def test_a_disk_that_cannot_be_flushed_makes_the_checkpoint_fail_and_the_vm_goes
     vm = booted(images)
     monkeypatch.setattr(vm.images[2], "flush", fail)
     with pytest.raises(SnapshotError, match=rf"cannot write the disk {images[1]}: Input/output error"):
-        vm_checkpoint(vm, str(tmp_path / "vm.ckp"), stop_vm=True)
+        checkpoint(vm, str(tmp_path / "vm.ckp"), stop_vm=True)
     assert sorted(os.listdir(tmp_path)) == ["master.img", "slave.img"]
     run_to(vm)
     assert images[1].read_bytes() == COPIED
@@ -297,7 +299,7 @@ def test_a_disk_that_cannot_be_flushed_makes_the_checkpoint_fail_and_the_vm_goes
 
 def test_a_snapshot_wants_disks_of_the_same_size_in_the_same_slots_wherever_their_images_are(images, tmp_path):
     vm = booted(images)
-    vm_checkpoint(vm, str(tmp_path / "vm.ckp"), stop_vm=True)
+    checkpoint(vm, str(tmp_path / "vm.ckp"), stop_vm=True)
     moved = images[0].rename(tmp_path / "moved.img")
     larger = tmp_path / "larger.img"
     larger.write_bytes(SLAVE + bytes(SECTOR))
@@ -331,6 +333,6 @@ def test_a_snapshot_wants_a_disk_to_be_read_only_as_it_was_or_not(images, tmp_pa
         config = configured(pci_0_1_0_device=device, pci_0_1_0_path=str(images[0]), pci_0_1_0_ro=read_only)
         return Machine(config, Typist(b""))
 
-    vm_checkpoint(with_disk(before), str(tmp_path / "vm.ckp"), stop_vm=True)
+    checkpoint(with_disk(before), str(tmp_path / "vm.ckp"), stop_vm=True)
     with pytest.raises(SnapshotError, match=sentence):
         load_snapshot(str(tmp_path / "vm.ckp")).restore(with_disk(after))

@@ -18,9 +18,10 @@ pytest.importorskip("unicorn")
 import fuzz
 from capstone import x86_const as x86
 from reproducer import NoCase, from_text, minimise, to_text
-from unicorn_tools import DATA, WORLDS, Case
+from unicorn_tools import DATA, RBX, WORLDS, Case
 
 from mini_bhyve import flags as fl
+from mini_bhyve.faults import GuestFault
 from mini_bhyve.instructions import DEFINITIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +75,53 @@ def test_what_goes_wrong_only_in_one_go_is_noticed(monkeypatch, capsys):
     redefine(monkeypatch, x86.X86_INS_STC, right_at_first)
     assert fuzz.main(["--case", INC_STC]) == 1
     assert capsys.readouterr().out == "alike\ninc eax; stc in flat32: flags in one go: 22, not 23\n"
+
+
+# Cases in which Unicorn errs, and what makes them such.
+ERRORS_OF_UNICORN = {
+    "a call to an address that is not canonical": (
+        x86.X86_INS_CALL, '{"world": "long64", "code": "ffd0",'
+        ' "registers": {"rax": "0x800000000000", "rsp": "0x20000"}}',
+    ),
+    "a pointer of which the second part is at offset 2": (
+        x86.X86_INS_LDS, '{"world": "flat32", "code": "67c53efeff", "registers": {},'
+        ' "memory": {"0x10000": "0000100000000000"}}',
+    ),
+    "a frame of which the last word is on a page that is not present": (
+        x86.X86_INS_ENTER, '{"world": "flat32", "code": "c8200000", "registers": {"esp": "0x20010"}, "memory":'
+        ' {"0x1000": "0720000000000000", "0x2020": "0780000000000000", "0x2080": "0700020000000000"},'
+        ' "controls": {"cr0": "0x80000011", "cr3": "0x1000", "cr4": "0x200", "efer": "0x0"}}',
+    ),
+    "a return at level 3 from a stack that is not present": (
+        x86.X86_INS_IRETD, '{"world": "user64", "code": "cf", "registers": {}, "memory":'
+        ' {"0x3000": "0740000000000000", "0x4040": "0780000000000000"},'
+        ' "controls": {"cr0": "0x80010011", "cr3": "0x1000", "cr4": "0x220", "efer": "0x500"}}',
+    ),
+    "a return from 64-bit mode with VM in the image": (
+        x86.X86_INS_IRETD, '{"world": "long64", "code": "cf", "registers": {"rsp": "0x20000"}, "memory":'
+        ' {"0x20000": "0100000050000000", "0x20008": "6b18270000a00000"}}',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number, text", ERRORS_OF_UNICORN.values(), ids=ERRORS_OF_UNICORN)
+def test_where_unicorn_errs_an_error_of_ours_is_noticed_all_the_same(number, text, monkeypatch, capsys):
+    right = DEFINITIONS[number].function
+
+    def nearly_right(cpu, *operands):
+        """It changes EBX, too, or reports another address."""
+        try:
+            right(cpu, *operands)
+        except GuestFault as fault:
+            if fault.address is not None:
+                fault.address += 1
+            raise
+        cpu.regs[RBX].value += 1
+
+    assert fuzz.main(["--case", text]) == 0
+    assert capsys.readouterr().out == "alike\n"
+    redefine(monkeypatch, number, nearly_right)
+    assert fuzz.main(["--case", text]) == 1
 
 
 def test_a_case_is_made_as_small_as_can_be():

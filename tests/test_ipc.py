@@ -29,7 +29,6 @@ from mini_bhyve.ipc import (
     IpcMessage,
     IpcOpcode,
     init_ipc,
-    is_alive,
     remove_dead_socket,
     run_dir_for,
     send_message,
@@ -333,7 +332,7 @@ def test_close_lets_the_request_being_served_finish_and_refuses_those_that_wait(
         second.send(code_alone(IpcOpcode.PAUSE))
         closing = threading.Thread(target=server.close)
         closing.start()
-        while is_alive(server.path):
+        while not server.ending:
             time.sleep(0.001)
         go_on.set()
         assert nvlist.unpack(first.recv(65536)) == {"finished": True}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from guest_tools import LinuxOnQemu, linux_guest, random_bytes, summed
+from lockstep import assert_checkpoints_go_on_in_lockstep
 from os_tools import (
     Guest,
     address_of,
@@ -199,6 +200,16 @@ def test_linux_suspended_and_restored_at_20_random_instants_ends_as_it_does_undi
     guest, commands = stressed(disk_device, file_system)
     at = undisturbed(guest, *commands).instants(20, seed=f"{disk_device} suspended")
     assert_suspensions_change_nothing(guest, tmp_path, commands, at)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("disk_device", KINDS)
+def test_the_next_million_instructions_of_linux_are_the_same_with_a_disk_at_work_and_at_any_instant(
+    disk_device, file_system, tmp_path
+):
+    guest, commands = stressed(disk_device, file_system)
+    at = undisturbed(guest, *commands).instants(12, seed=f"{disk_device} lockstep")
+    assert_checkpoints_go_on_in_lockstep(guest, tmp_path, commands, at)
 
 
 @pytest.mark.soak

@@ -3,14 +3,16 @@
 import errno
 import fcntl
 import itertools
+import mmap
 import os
 import resource
 import signal
 
 import pytest
-from snapshot_machine import COMPLETE, NEW, OLD, SIZE, contents, machine, whole
+from snapshot_machine import COMPLETE, NEW, OLD, SIZE, checkpoint, contents, load_and_check, machine, whole
 
-from mini_bhyve.snapshot import SnapshotError, load_snapshot, vm_checkpoint
+from mini_bhyve import snapshot
+from mini_bhyve.snapshot import SnapshotError, take_picture, write_snapshot
 from mini_bhyve.snapshot_files import KERN, META, RAM
 
 
@@ -22,7 +24,7 @@ def path(tmp_path):
 @pytest.fixture
 def saved(path):
     """A snapshot of OLD."""
-    vm_checkpoint(OLD, path, False)
+    checkpoint(OLD, path, False)
     return path
 
 
@@ -55,30 +57,50 @@ def count_operations(monkeypatch, task):
     return len(names)
 
 
-def killed(when, task):
-    """Run `task` in a child process that is killed when `when(names)` of the operations so far, the next included.
+def write(vm, path):
+    """Write a snapshot as the child process of a checkpoint does, but in this one."""
+    write_snapshot(vm, *take_picture(vm), path, lambda done, total: None)
 
-    Returns whether it was killed. A write is half done by then.
+
+def kill_when(when):
+    """From here on, this process is killed when `when(names)` of the operations so far, the next included.
+
+    A write is half done by then.
     """
+    names = []
+
+    def act(name, operation, arguments, keywords):
+        names.append(name)
+        if when(names):
+            if name == "pwrite":
+                descriptor, data, offset = arguments
+                operation(descriptor, data[: len(data) // 2], offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return operation(*arguments, **keywords)
+
+    intercept(pytest.MonkeyPatch(), act)
+
+
+def killed(when, task):
+    """Run `task` in a child process that is killed when(names); returns whether it was."""
     child = os.fork()
     if child == 0:
-        names = []
-
-        def act(name, operation, arguments, keywords):
-            names.append(name)
-            if when(names):
-                if name == "pwrite":
-                    descriptor, data, offset = arguments
-                    operation(descriptor, data[: len(data) // 2], offset)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return operation(*arguments, **keywords)
-
-        intercept(pytest.MonkeyPatch(), act)
+        kill_when(when)
         task()
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert status in (0, signal.SIGKILL)
     return status == signal.SIGKILL
+
+
+def in_the_writer(monkeypatch, prepare):
+    """Let the child process of each checkpoint `prepare()` before it begins to write."""
+
+    def prepared(*arguments):
+        prepare()
+        write_snapshot(*arguments)
+
+    monkeypatch.setattr(snapshot, "write_snapshot", prepared)
 
 
 def killed_at(number, task):
@@ -88,7 +110,7 @@ def killed_at(number, task):
 def which(path):
     """Which snapshot is there, whole: "old" or "new"; "none" if there is none at all."""
     try:
-        found = whole(load_snapshot(path))
+        found = whole(load_and_check(path))
     except SnapshotError as error:
         assert "vm.ckp.meta: No such file" in str(error)
         return "none"
@@ -104,16 +126,16 @@ def test_killed_at_any_file_operation_the_old_or_the_new_snapshot_is_there(tmp_p
         directory.mkdir()
         path = str(directory / "vm.ckp")
         if before == "old":
-            vm_checkpoint(OLD, path, False)
-        was_killed = killed_at(number, lambda path=path: vm_checkpoint(NEW, path, False))
+            checkpoint(OLD, path, False)
+        was_killed = killed_at(number, lambda path=path: write(NEW, path))
         outcomes.append(which(path))
         # What is left over, the next checkpoint of that name clears away.
-        vm_checkpoint(OLD, path, False)
+        checkpoint(OLD, path, False)
         assert sorted(os.listdir(directory)) == COMPLETE
         assert which(path) == "old"
         if not was_killed:
             break
-    assert number == 1 + count_operations(monkeypatch, lambda: vm_checkpoint(NEW, path, False)) or before == "none"
+    assert number == 1 + count_operations(monkeypatch, lambda: write(NEW, path)) or before == "none"
     assert number > 30
     # One instant divides the two.
     assert [outcome for outcome, _ in itertools.groupby(outcomes)] == [before, "new"]
@@ -121,14 +143,14 @@ def test_killed_at_any_file_operation_the_old_or_the_new_snapshot_is_there(tmp_p
 
 def interrupted_after_commit(path):
     """Leave what a checkpoint of NEW over OLD leaves that is killed right after its commit."""
-    vm_checkpoint(OLD, path, False)
-    assert killed(lambda names: names[:-1].count("rename") == 1, lambda: vm_checkpoint(NEW, path, False))
+    checkpoint(OLD, path, False)
+    assert killed(lambda names: names[:-1].count("rename") == 1, lambda: write(NEW, path))
     assert os.path.exists(path + ".meta.ready")
 
 
 @pytest.mark.parametrize("successor", ["load", "checkpoint"])
 def test_killed_while_it_finishes_for_one_that_was_killed_the_new_snapshot_is_there(tmp_path, successor):
-    tasks = {"load": load_snapshot, "checkpoint": lambda path: vm_checkpoint(NEW, path, False)}
+    tasks = {"load": load_and_check, "checkpoint": lambda path: write(NEW, path)}
     for number in itertools.count(1):
         directory = tmp_path / str(number)
         directory.mkdir()
@@ -149,37 +171,70 @@ def test_a_snapshot_that_was_not_put_in_place_is_put_there_by_a_load(path):
     assert sorted(os.listdir(os.path.dirname(path))) == COMPLETE
 
 
+@pytest.mark.parametrize("stop_vm", [False, True])
+def test_if_the_process_that_writes_is_killed_at_any_file_operation_the_vm_runs_on_and_says_so(
+    tmp_path, monkeypatch, stop_vm
+):
+    for number in itertools.count(1):
+        path = str(tmp_path / str(number) / "vm.ckp")
+        os.mkdir(os.path.dirname(path))
+        checkpoint(OLD, path)
+        vm = machine(b"newer" * 100, 2)
+        with monkeypatch.context() as patch:
+            in_the_writer(patch, lambda number=number: kill_when(lambda names: len(names) == number))
+            try:
+                checkpoint(vm, path, stop_vm)
+                break
+            except SnapshotError as error:
+                assert str(error) == f"cannot write {path}: the process that did it was ended by SIGKILL"
+        assert not vm.pause.paused
+        assert not vm.ended
+        assert which(path) in ("old", "new")
+        checkpoint(vm, path, stop_vm)
+        assert (which(path), sorted(os.listdir(os.path.dirname(path)))) == ("new", COMPLETE)
+    assert number > 30
+    assert vm.ended == stop_vm
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_if_any_file_operation_fails_a_whole_snapshot_is_there_and_the_vm_runs_on(tmp_path, monkeypatch, code):
-    for number in itertools.count(1):
-        directory = tmp_path / str(number)
-        directory.mkdir()
-        path = str(directory / "vm.ckp")
-        vm_checkpoint(OLD, path, False)
-        vm = machine(b"newer" * 100, 2)
-        failed = None
+    done = mmap.mmap(-1, 1024)  # what the writer has done, by the first letters: it is another process
+
+    def fail_at(number):
         names = []
 
-        def act(name, operation, arguments, keywords, number=number, names=names):
+        def act(name, operation, arguments, keywords):
             names.append(name)
+            done[: len(names)] = "".join(name[0] for name in names).encode()
             if len(names) != number:
                 return operation(*arguments, **keywords)
             if name == "close":  # closes even if it fails
                 operation(*arguments)
             raise OSError(code, os.strerror(code))
 
+        intercept(pytest.MonkeyPatch(), act)
+
+    for number in itertools.count(1):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        path = str(directory / "vm.ckp")
+        checkpoint(OLD, path)
+        vm = machine(b"newer" * 100, 2)
+        failed = None
+        done[:] = bytes(len(done))
         with monkeypatch.context() as patch:
-            intercept(patch, act)
+            in_the_writer(patch, lambda number=number: fail_at(number))
             try:
-                vm_checkpoint(vm, path, True)
+                checkpoint(vm, path, True)
             except SnapshotError as error:
                 failed = str(error)
+        names = bytes(done).rstrip(b"\0").decode()
         assert not vm.pause.paused
         assert which(path) in ("old", "new")
         if len(names) < number:
             break
         if failed is None:  # to close the directory is the last operation, and nothing is lost if it fails
-            assert (names[-1], number, vm.ended) == ("close", len(names), True)
+            assert (names[-1], number, vm.ended) == ("c", len(names), True)
             continue
         assert not vm.ended
         assert failed.startswith("cannot ")
@@ -258,7 +313,7 @@ def load_each(outcomes, directory):
         (directory / str(number)).mkdir(parents=True)
         for name, data in files:
             (directory / str(number) / name).write_bytes(data)
-        found.append(whole(load_snapshot(str(directory / str(number) / "vm.ckp"))))
+        found.append(whole(load_and_check(str(directory / str(number) / "vm.ckp"))))
     return found
 
 
@@ -266,7 +321,7 @@ def test_after_a_power_cut_at_any_instant_the_old_or_the_new_snapshot_is_there(s
     disk = Disk(tmp_path)
     with monkeypatch.context() as patch:
         intercept(patch, disk.act)
-        vm_checkpoint(NEW, saved, False)
+        write(NEW, saved)
     assert len(disk.outcomes) > 20
     found = load_each(disk.outcomes, tmp_path / "cut")
     assert contents(OLD) in found
@@ -285,8 +340,8 @@ def test_after_a_failed_fsync_and_a_power_cut_in_the_next_checkpoint_one_of_the_
         intercept(patch, disk.act)
         disk.failing_fsync = failing
         with pytest.raises(SnapshotError, match="Input/output error"):
-            vm_checkpoint(NEW, saved, False)
-        vm_checkpoint(last, saved, False)
+            write(NEW, saved)
+        write(last, saved)
     allowed = [contents(vm) for vm in (OLD, NEW, last)]
     assert all(one in allowed for one in load_each(disk.outcomes, tmp_path / "cut"))
     assert load_each(disk.possible(), tmp_path / "end") == [contents(last)] * 2
@@ -300,7 +355,7 @@ def refused(vm, path, why):
     directory = os.path.dirname(path)
     before = sorted(os.listdir(directory)) if os.path.isdir(directory) else None
     with pytest.raises(SnapshotError, match=why) as error:
-        vm_checkpoint(vm, path, True)
+        checkpoint(vm, path, True)
     assert not vm.pause.paused
     assert not vm.ended
     assert before == (sorted(os.listdir(directory)) if os.path.isdir(directory) else None)
@@ -341,14 +396,14 @@ def test_a_device_that_cannot_be_saved_is_named_and_the_old_snapshot_stays(saved
     refused(vm, saved, "uart-com1: .*NUL")
     vm.uart.label, vm.uart.port = "", 1 << 16
     refused(vm, saved, "uart-com1: port is 65536")
-    assert whole(load_snapshot(saved)) == contents(OLD)
+    assert whole(load_and_check(saved)) == contents(OLD)
 
 
 def test_a_bug_in_a_device_leaves_the_vm_running_and_no_litter(saved, tmp_path):
     vm = machine()
     vm.devices = lambda: 1 // 0
     with pytest.raises(ZeroDivisionError):
-        vm_checkpoint(vm, saved, False)
+        checkpoint(vm, saved, False)
     assert not vm.pause.paused
     assert sorted(os.listdir(tmp_path)) == COMPLETE
 
@@ -358,10 +413,10 @@ def test_a_limit_on_the_size_of_files_is_an_error_and_not_the_end(saved):
     if child == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE - 1, SIZE - 1))
         try:
-            vm_checkpoint(NEW, saved, False)
+            checkpoint(NEW, saved, False)
         except SnapshotError as error:
             os._exit(0 if "vm.ckp.unfinished: File too large" in str(error) else 1)
         os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
-    assert whole(load_snapshot(saved)) == contents(OLD)
+    assert whole(load_and_check(saved)) == contents(OLD)
     assert sorted(os.listdir(os.path.dirname(saved))) == COMPLETE

@@ -7,9 +7,9 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from snapshot_machine import NEW, OLD, SIZE, Memory, Timer, contents, machine, whole
+from snapshot_machine import NEW, OLD, SIZE, Memory, Timer, checkpoint, contents, load_and_check, machine, whole
 
-from mini_bhyve.snapshot import SnapshotError, load_snapshot, meta_checksum, vm_checkpoint
+from mini_bhyve.snapshot import SnapshotError, meta_checksum
 from mini_bhyve.snapshot_files import KERN, META, RAM
 
 
@@ -21,7 +21,7 @@ def path(tmp_path):
 @pytest.fixture
 def saved(path):
     """A snapshot of OLD."""
-    vm_checkpoint(OLD, path, False)
+    checkpoint(OLD, path, False)
     return path
 
 
@@ -59,7 +59,7 @@ def put(*keys_and_value):
     [
         (lambda document: [document], "not the metadata of a snapshot"),
         (lambda document: {}, "not the metadata of a snapshot"),
-        (put("format version", 2), "of format version 2, this program reads 1"),
+        (put("format version", 3), "of format version 3, this program reads 1 and 2"),
         (put("format version", "1"), "of format version '1'"),
         (put("sha256", KeyError), '"sha256" is missing'),
         (put("sha256", "ram", KeyError), '"ram" is missing'),
@@ -94,7 +94,7 @@ def put(*keys_and_value):
 def test_metadata_that_make_no_sense_are_refused_though_their_checksum_is_right(saved, change, why):
     rewrite(saved, change)
     with pytest.raises(SnapshotError, match=why):
-        load_snapshot(saved)
+        load_and_check(saved)
 
 
 def test_a_state_that_is_no_nvlist_is_refused_though_its_checksum_is_right(saved):
@@ -104,7 +104,7 @@ def test_a_state_that_is_no_nvlist_is_refused_though_its_checksum_is_right(saved
         checksum = hashlib.sha256(file.read()).hexdigest()
     rewrite(saved, put("sha256", "kern", checksum))
     with pytest.raises(SnapshotError, match=r"vm.ckp.kern: vcpu0: "):
-        load_snapshot(saved)
+        load_and_check(saved)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\x00", b"[" * 100000, b"9" * 5000, b" " * (2 << 20)])
@@ -112,26 +112,26 @@ def test_metadata_that_are_no_json_are_refused(saved, text):
     with open(saved + META, "wb") as file:
         file.write(text)
     with pytest.raises(SnapshotError, match=r"vm.ckp.meta (is not|has more than)"):
-        load_snapshot(saved)
+        load_and_check(saved)
 
 
 @pytest.mark.parametrize("suffix", [RAM, KERN, META])
 def test_a_file_that_is_missing_or_not_a_file_is_named(saved, suffix):
     os.unlink(saved + suffix)
     with pytest.raises(SnapshotError, match=f"cannot open .*vm.ckp{suffix}: No such file"):
-        load_snapshot(saved)
+        load_and_check(saved)
     os.mkfifo(saved + suffix)
     with pytest.raises(SnapshotError, match=f"vm.ckp{suffix} is not a regular file"):
-        load_snapshot(saved)
+        load_and_check(saved)
 
 
 @pytest.mark.parametrize("suffix", [RAM, KERN])
 def test_files_of_two_snapshots_do_not_go_together(saved, tmp_path, suffix):
     other = str(tmp_path / "other.ckp")
-    vm_checkpoint(NEW, other, False)
+    checkpoint(NEW, other, False)
     os.rename(other + suffix, saved + suffix)
     with pytest.raises(SnapshotError, match=f"vm.ckp{suffix} is damaged or of another snapshot"):
-        load_snapshot(saved)
+        load_and_check(saved)
 
 
 @pytest.mark.parametrize("suffix", [RAM, KERN, META])
@@ -140,7 +140,7 @@ def test_every_truncation_is_refused(saved, suffix):
     for length in {*range(0, size - 1, max(1, size // 50)), size - 2}:
         os.truncate(saved + suffix, length)
         with pytest.raises(SnapshotError, match=f"vm.ckp{suffix}"):
-            load_snapshot(saved)
+            load_and_check(saved)
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -153,14 +153,14 @@ def test_every_truncation_is_refused(saved, suffix):
 def test_any_change_to_any_file_is_refused_or_makes_no_difference(tmp_path, suffix, position, removed, inserted):
     path = str(tmp_path / "vm.ckp")
     if not os.path.exists(path):
-        vm_checkpoint(OLD, path, False)
+        checkpoint(OLD, path, False)
     with open(path + suffix, "rb") as file:
         data = file.read()
     at = int(position * len(data))
     with open(path + suffix, "wb") as file:
         file.write(data[:at] + inserted + data[at + removed :])
     try:
-        snapshot = load_snapshot(path)
+        snapshot = load_and_check(path)
     except SnapshotError as error:
         assert f"vm.ckp{suffix}" in str(error)
     else:
@@ -206,20 +206,20 @@ def other_machine(**changes):
 def test_a_machine_that_differs_is_left_as_it_is_and_the_difference_named(saved, vm, why):
     before = contents(vm)
     with pytest.raises(SnapshotError, match=why) as error:
-        load_snapshot(saved).restore(vm)
+        load_and_check(saved).restore(vm)
     assert contents(vm) == before
     assert saved in str(error.value)
 
 
 def test_a_disk_image_may_have_been_moved(saved):
     vm = other_machine(disk_list=[{"slot": 3, "path": "/elsewhere.img", "size": 1 << 20}])
-    load_snapshot(saved).restore(vm)
+    load_and_check(saved).restore(vm)
     assert contents(vm) == contents(OLD)
 
 
 @pytest.mark.parametrize("fields", [{"mode": 256}, {"shape": 1}, {"configuration": None}])
 def test_if_the_last_device_turns_its_state_down_the_others_get_theirs_back(saved, fields):
-    snapshot = load_snapshot(saved)
+    snapshot = load_and_check(saved)
     snapshot.devices["uart-com1"].update(fields)
     vm = other_machine()
     vm.cpu.now, vm.pit.mode, vm.uart.label = 77, 78, "before"

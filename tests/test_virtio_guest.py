@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from guest_tools import REPOSITORY, make_rom
+from snapshot_machine import checkpoint
 from test_kernel_view import SOURCES, experiments, run
 from vm_tools import PATIENCE, configured, run_to, state_of
 
@@ -20,7 +21,7 @@ from mini_bhyve import loader
 from mini_bhyve.console import ScriptedConsole
 from mini_bhyve.faults import TripleFault
 from mini_bhyve.machine import VIRTIO_BASE, ExitCode, Machine
-from mini_bhyve.snapshot import SnapshotError, load_snapshot, vm_checkpoint
+from mini_bhyve.snapshot import SnapshotError, load_snapshot
 
 SOURCE = Path(__file__).resolve().parent / "virtio_guest" / "disk.s"
 QEMU = "qemu-system-i386"
@@ -103,7 +104,7 @@ def test_a_guest_that_is_saved_and_restored_again_and_again_does_not_notice(imag
             run_to(machine, machine.cpu.retired + 1701)
             output += machine.console.output
             under_way += machine.virtio_disks[0].deadline is not None
-            vm_checkpoint(machine, path, stop_vm=True)
+            checkpoint(machine, path, stop_vm=True)
             snapshot = load_snapshot(path)
             machine = machine_with(image, snapshot.ram)
             snapshot.restore(machine)
@@ -138,7 +139,7 @@ def test_each_disk_has_a_page_and_a_line_and_linux_can_be_told(image, tmp_path):
 
 def test_a_snapshot_goes_on_only_with_a_disk_of_the_same_kind(image, tmp_path):
     path = str(tmp_path / "snapshot")
-    vm_checkpoint(machine_with(image), path, stop_vm=True)
+    checkpoint(machine_with(image), path, stop_vm=True)
     machine = machine_with(image, pci_0_1_0_device="ide")
     with pytest.raises(SnapshotError, match="has device virtio-blk-1, which this VM has not"):
         load_snapshot(path).restore(machine)

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import pytest
+from lockstep import assert_checkpoints_go_on_in_lockstep
 from os_tools import (
     Guest,
     address_of,
@@ -97,6 +98,12 @@ def test_xv6_forks_until_it_cannot_and_goes_on():
 def test_xv6_suspended_and_restored_at_20_random_instants_ends_as_it_does_undisturbed(tmp_path):
     at = undisturbed(xv6(), *COMMANDS).instants(20, seed="suspended")
     assert_suspensions_change_nothing(xv6(), tmp_path, COMMANDS, at)
+
+
+@pytest.mark.soak
+def test_the_next_million_instructions_of_xv6_are_the_same_with_a_disk_at_work_and_at_any_instant(tmp_path):
+    at = undisturbed(xv6(), *COMMANDS).instants(12, seed="lockstep")
+    assert_checkpoints_go_on_in_lockstep(xv6(), tmp_path, COMMANDS, at)
 
 
 @pytest.mark.soak

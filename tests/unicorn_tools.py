@@ -23,6 +23,7 @@ from unittest import mock
 import unicorn
 from unicorn import x86_const as uc
 
+from mini_bhyve import flags as fl
 from mini_bhyve import interrupts, msr
 from mini_bhyve import segmentation as seg
 from mini_bhyve.cpu import Cpu
@@ -426,6 +427,7 @@ class Theirs:
         base = CODE if self.world.real else 0
         elsewhere = ip not in (case.start - base, CODE + len(case.code) - base)
         elsewhere |= self.uc.reg_read(uc.UC_X86_REG_CS) != self.world.selectors[seg.CS]
+        elsewhere |= self.uc.reg_read(uc.UC_X86_REG_EFLAGS) & fl.VM != 0
         elsewhere |= self.vectors[0] == PF and self.uc.reg_read(uc.UC_X86_REG_CR2) == ip != case.start
         found = case.instructions == 1 and self.vectors[0] in (GP, PF) and elsewhere
         if found:
