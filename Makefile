@@ -41,7 +41,7 @@ coverage: $(VENV)/.installed-coverage  ## show the lines of the instruction file
 docs: $(VENV)/.installed-docs  ## build the documentation in docs/_build/html
 	$(IN_VENV) -m sphinx -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/.installed  ## measure the interpreter against the same work by hand in Python
+bench: $(VENV)/.installed  ## measure translator and interpreter against the same work by hand in Python
 	$(IN_VENV) bench/bench.py
 
 bench-guests: $(VENV)/.installed  ## measure how long xv6 and Linux take to boot, here and on QEMU

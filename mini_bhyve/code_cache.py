@@ -112,6 +112,8 @@ class CodeCache:
             if len(self.by_place) >= MAX_BLOCKS:
                 self.drop_all()
             self.by_place[key] = block
+            if not on_first_page:
+                block.on_one_page, block.heat = True, self.cpu.translator.heat
             for start, _ in ranges:
                 self.watch(start >> 12, key, block)
         return block
@@ -146,6 +148,7 @@ class CodeCache:
                 self.set_aside = []
             block.steps.clear()
             del self.by_place[key]
+            self.cpu.translator.drop(block)
         if rest.blocks:
             self.cpu.mmu.code_frames[frame] = rest
         else:

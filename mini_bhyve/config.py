@@ -113,6 +113,8 @@ VARIABLES = {
         "what a halted guest waits for: its next event at once (virtual), or as long as it takes (wall); "
         "auto is wall on a terminal or with x86.vmexit_on_hlt",
     ),
+    "translate": Variable(boolean, "true", "whether what the guest does often is translated into Python functions"),
+    "translate.dump": Variable(text, None, "directory for what is translated, guest and Python code side by side"),
     "restore.changed_disks": Variable(
         boolean, "false", "whether to go on from a snapshot though a disk has other contents than it had then"
     ),

@@ -54,6 +54,7 @@ from mini_bhyve.registers import (
     EFER_LMA,
     EFER_LME,
 )  # fmt: skip
+from mini_bhyve.translate import SLICE, Translator
 
 if TYPE_CHECKING:
     from mini_bhyve.start import Start
@@ -69,9 +70,10 @@ class Cpu(MemoryAccess):
         "code_cache", "code_limit", "code_size", "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer",
         "flags", "flat_stack", "fpu", "gdtr_base", "gdtr_limit", "halted", "idtr_base", "idtr_limit",
         "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode",
-        "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "regs", "retired", "running",
-        "segments", "stack_mask", "task_priority_changed", "tell_absent", "tr", "traps_from", "tsc_offset",
-        "user_access", "words16", "words32", "words64", "write_tlb",
+        "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "read_words", "regs", "retired",
+        "running", "segments", "stack_mask", "task_priority_changed", "tell_absent", "tr", "translator", "traps_from",
+        "tsc_offset", "user_access", "words16", "words32", "words64", "write_tlb",
+        "write_words",
     )  # fmt: skip
 
     name = "vmcx"  # bhyve's name for a vCPU's registers in a snapshot
@@ -101,6 +103,7 @@ class Cpu(MemoryAccess):
         self.running: Block | None = None
         # RAX ... RDI are as wide as the mode says; R8 ... R15 keep their 64 bits. The last is always zero.
         self.regs = [Register(32) for _ in range(8)] + [Register(64) for _ in range(9)]
+        self.translator = Translator(self)
         self._system_flags = 0
         self.reset()
 
@@ -209,7 +212,10 @@ class Cpu(MemoryAccess):
                 register.set_width(register_width)
         self.linear_mask = MASKS[64] if self.code_size == 64 else MASKS[32]
         self.flat_stack = (ss.flat or self.code_size == 64) and self.stack_mask > 0xFFFF
-        self.mode = Mode(self.code_size, self.stack_mask, flat, self.cpl == 3, code_base, not self.protected_mode)
+        self.mode = Mode(
+            self.code_size, self.stack_mask, flat, self.cpl == 3, code_base, self.code_limit, not self.protected_mode,
+            self.long_mode,
+        )  # fmt: skip
         self.update_user_access()
         self.code = self.code_cache.lookup(self.mode)
 
@@ -225,7 +231,9 @@ class Cpu(MemoryAccess):
             self.user_access = USER_ACCESS
         else:
             self.user_access = SMAP_OVERRIDE if self.cr4 & CR4_SMAP and self.system_flags & fl.AC else 0
-        self.read_tlb, self.write_tlb = self.mmu.read_tlb[self.user_access], self.mmu.write_tlb[self.user_access]
+        mmu, whose = self.mmu, self.user_access
+        self.read_tlb, self.write_tlb = mmu.read_tlb[whose], mmu.write_tlb[whose]
+        self.read_words, self.write_words = mmu.read_words[whose], mmu.write_words[whose]
 
     def flush_tlb(self) -> None:
         """Forget all translations, and which code lies at which address."""
@@ -533,7 +541,13 @@ class Cpu(MemoryAccess):
                 interrupts.deliver_debug_trap(self)
 
     def run_blocks(self, limit: int) -> None:
-        """The loop that all is about: block after block, until `limit` or `attention`."""
+        """The loop that all is about: block after block, until `limit` or `attention`.
+
+        A block is interpreted as often as its `heat` says; then it is translated, and its translation runs in its place
+        if there are instructions enough left, unless that has just been left in its middle: then the interpreter must
+        do the next instruction.
+        """
+        just_left = False
         while self.retired < limit and not self.attention:
             try:
                 try:
@@ -541,6 +555,21 @@ class Cpu(MemoryAccess):
                 except KeyError:
                     self.running = None
                     block = self.code_cache.find()
+                heat = block.heat
+                if heat:
+                    block.heat = heat - 1
+                elif block.translation is None:
+                    self.translator.translate(block)
+                    continue
+                elif not just_left and block.longest <= limit - self.retired:
+                    self.running = None
+                    left = limit - self.retired
+                    if left > SLICE:
+                        left = SLICE
+                    self.retired += left
+                    self.retired -= block.function(block.entry, left)  # type: ignore[misc]
+                    continue
+                just_left = False
                 self.running = block
                 steps: Iterable[Step] = block.steps
                 end = self.retired + block.length
@@ -558,6 +587,9 @@ class Cpu(MemoryAccess):
             except GuestFault as fault:
                 self.undo_until_fault()
                 interrupts.deliver_fault(self, fault)
+            except KeyError as error:
+                self.translator.leave(error)
+                just_left = True
             except VmExit:
                 self.undo_until_fault()
                 raise

@@ -23,9 +23,12 @@ from mini_bhyve.segmentation import CS, DS, ES, FS, GS, SS_
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
+    from mini_bhyve.translate import Translation
 
 MAX_INSTRUCTION = 15  # bytes: the architecture's limit (SDM vol. 2A, 2.3.11)
 MAX_BLOCK = 64  # instructions: a pause or an interrupt waits for no more than this
+
+COLD = 1 << 29  # more often than a block is ever interpreted
 
 Step = tuple[Callable, tuple[Any, ...], int]
 
@@ -38,7 +41,9 @@ class Mode(NamedTuple):
     flat: bool  # ES, SS and DS are flat: they need no checks
     user: bool  # CPL is 3
     code_base: int  # base of CS
+    code_limit: int  # the highest offset in CS
     real: bool  # real or virtual-8086 mode
+    long_mode: bool  # or its compatibility mode
 
 
 class Block:
@@ -47,9 +52,15 @@ class Block:
     The CPU walks `steps`. To drop a block is to empty that list: so a block that overwrites itself ends after the
     instruction that did it. The addresses stay, for they tell how far it came: an instruction is known by where the
     next one begins.
+
+    The last attributes are the translator's: how often the block is still to be interpreted, and what is called then in
+    its place, if there are at least `longest` instructions left.
     """
 
-    __slots__ = ("ips", "length", "next_ips", "ranges", "steps")
+    __slots__ = (
+        "entry", "function", "hard", "heat", "ips", "length", "longest", "next_ips", "on_one_page", "part_of",
+        "ranges", "steps", "translation",
+    )  # fmt: skip
 
     def __init__(self, steps: list[Step], ips: tuple[int, ...], ranges: list[tuple[int, int]]):
         self.steps = steps
@@ -57,6 +68,13 @@ class Block:
         self.ips = ips
         self.next_ips = tuple(next_ip for _, _, next_ip in steps)
         self.ranges = ranges  # of bytes in RAM that it was made from: start and end of each
+        self.heat = COLD
+        self.on_one_page = False  # of RAM
+        self.function: Callable[[int, int], int] | None = None
+        self.entry = self.longest = 0
+        self.translation: Translation | None = None  # the one that `function` belongs to
+        self.part_of: list[Translation] = []  # all that were made from this block, too
+        self.hard: dict[int, str] = {}  # instructions that are not easily translated, by their addresses
 
     def overlaps(self, start: int, end: int) -> bool:
         """Whether any byte from `start` up to `end` in RAM belongs to the block."""

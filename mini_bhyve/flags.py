@@ -125,6 +125,8 @@ def adjust(flags):
 
 def arithmetic_flags(flags: FlagSource) -> int:
     """The six arithmetic flags at their places in EFLAGS."""
+    if flags[0] == EXPLICIT:
+        return flags[1]
     return (
         carry(flags) * CF
         | parity(flags) * PF

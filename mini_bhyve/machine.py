@@ -124,6 +124,7 @@ class Machine:
         self.memory = GuestMemory(config.get_number("memory.size"), ram)
         self.ports = IoPorts(strict=config.get_bool("x86.strictio"))
         self.cpu = Cpu(self.memory, self.ports)
+        self.cpu.translator.configure(config.get_bool("translate"), config.get("translate.dump"))
         self.clock = self.cpu.clock
         self.wall_clock = config.get("clock") == "wall"
 

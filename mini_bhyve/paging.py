@@ -131,7 +131,8 @@ class Mmu:
     The TLB has two layers. `known` is all of it: for each kind of access, from the page number (linear address >> 12)
     to a difference: linear address + difference = physical address. `read_tlb` and `write_tlb` are what the quick path
     asks, for each of WHOSE: there the sum is an offset in `memory.ram`. A page that needs a closer look is not in them,
-    so the quick path is one lookup, and its KeyError leads to `translate`:
+    so the quick path is one lookup, and its KeyError leads to `translate`. (`read_words` and `write_words` are the same
+    once more, with the difference counted in words of 4 bytes: translated code asks them for elements of arrays.)
 
     - pages outside RAM, and writes to ROM, never enter;
     - a page enters for writing only once its dirty bit is set;
@@ -153,6 +154,8 @@ class Mmu:
         }
         self.read_tlb: dict[int, dict[int, int]] = {whose: {} for whose in WHOSE}
         self.write_tlb: dict[int, dict[int, int]] = {whose: {} for whose in WHOSE}
+        self.read_words: dict[int, dict[int, int]] = {whose: {} for whose in WHOSE}
+        self.write_words: dict[int, dict[int, int]] = {whose: {} for whose in WHOSE}
         self.global_pages: set[int] = set()
         self.large_pages: dict[tuple[int, int], set[int]] = {}  # (shift, linear >> shift) -> its pages in the TLB
         self.configure(0, 0, 0, 0)
@@ -220,15 +223,14 @@ class Mmu:
 
     def watch_frame(self, frame: int) -> None:
         """From now on, notice every store into this page of RAM: it holds code."""
-        for tlb in self.write_tlb.values():
+        for tlb, words in zip(self.write_tlb.values(), self.write_words.values()):
             for page in [page for page, difference in tlb.items() if page + (difference >> 12) == frame]:
-                del tlb[page]
+                del tlb[page], words[page]
 
     def tlbs(self) -> Iterable[dict[int, int]]:
         """All parts of the TLB."""
-        yield from self.known.values()
-        yield from self.read_tlb.values()
-        yield from self.write_tlb.values()
+        for part in (self.known, self.read_tlb, self.write_tlb, self.read_words, self.write_words):
+            yield from part.values()
 
     # --- From linear to physical ------------------------------------------------------------------------------------
 
@@ -254,8 +256,9 @@ class Mmu:
 
     def make_room(self, access: int) -> None:
         """Forget what is known of one kind of access."""
-        for tlb in (self.known[access], self.read_tlb[access & ~WRITE], self.write_tlb[access & ~WRITE]):
-            tlb.clear()
+        self.known[access].clear()
+        for part in (self.read_tlb, self.write_tlb, self.read_words, self.write_words):
+            part[access & ~WRITE].clear()
 
     def open_quick_path(self, linear: int, physical: int, access: int) -> None:
         """Let accesses of this kind find the page at once, where the rules in the class's description allow it."""
@@ -265,8 +268,10 @@ class Mmu:
         if access & WRITE:
             if self.memory.writable(offset) and offset >> 12 not in self.code_frames:
                 self.write_tlb[access & ~WRITE][linear >> 12] = offset - linear
+                self.write_words[access & ~WRITE][linear >> 12] = offset - linear >> 2
         else:
             self.read_tlb[access][linear >> 12] = offset - linear
+            self.read_words[access][linear >> 12] = offset - linear >> 2
 
     def walk(self, mode: PagingMode, linear: int, access: int) -> Translation:
         """Walk the tables (SDM vol. 3A, 4.3 to 4.5), check the rights (4.6), set accessed and dirty bits (4.8).

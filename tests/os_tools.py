@@ -128,7 +128,7 @@ class User(ScriptedConsole):
             machine, ticks = self.machine, self.guest.ticks
             assert machine is not None
             count = int.from_bytes(machine.memory.ram[ticks : ticks + 4], "little")
-            self.prompts.append(Prompt(machine.cpu.retired, machine.clock.now, count))
+            self.prompts.append(Prompt(machine.cpu.instructions, machine.clock.now, count))
             if self.commands:
                 self.input += self.commands.pop(0)
             else:

@@ -1,0 +1,313 @@
+"""Translated code against interpreted code: the same registers, flags, memory, page tables and TLB after the same
+number of instructions, wherever one stops.
+
+Two processors begin alike; one translates every block when it first comes there, the other one none. Both run the same
+random instructions, one at a time and in loops, and are stopped at random limits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("unicorn")  # the worlds are shared with it
+
+from random_instructions import Generator, Unfit, forms
+from random_pages import with_pages
+from test_self_modifying_code import COUNTERS, FIRST, PAGES, SECOND, TABLES, machine, model, rewriting_program
+from unicorn_tools import CODE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, WORLDS, Case, Ours, Outcome, World
+from vm_tools import assert_same_state, boot, configured, loaded, run_to
+
+from mini_bhyve import translate
+from mini_bhyve.cpu import Cpu
+from mini_bhyve.decode import COLD
+from mini_bhyve.faults import VmExit
+from mini_bhyve.instructions import DEFINITIONS
+from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG
+from mini_bhyve.trees import Reader
+
+TRIES = 1  # of each instruction in each world
+LOOPS = 30
+
+
+class Pair:
+    """Both processors in one world."""
+
+    def __init__(self, world: World, heat: int = 0):
+        self.translated, self.interpreted = Ours(world), Ours(world)
+        self.translated.cpu.translator.heat = heat
+        self.interpreted.cpu.translator.heat = COLD
+        self.left = 0  # how often a translation was left in its middle
+        leave = self.translated.cpu.translator.leave
+
+        def count(error: KeyError) -> None:
+            self.left += 1
+            leave(error)
+
+        self.translated.cpu.translator.leave = count  # type: ignore[method-assign]
+
+    def compare(self, case: Case, stops: list[int]) -> None:
+        """Run it up to each of the stops (so many instructions further on), and compare there."""
+        both = self.translated, self.interpreted
+        for ours in both:
+            ours.begin(case)
+        for stop in stops:
+            a, b = (go_on(ours, stop) for ours in both)
+            if isinstance(a, str):
+                assert a == b, case
+                break
+            assert a._replace(memory=b"") == b._replace(memory=b""), case
+            assert a.memory == b.memory, case
+            assert both[0].cpu.retired == both[1].cpu.retired, case
+            for kind in ("known", "read_tlb", "write_tlb", "read_words", "write_words"):
+                assert getattr(both[0].cpu.mmu, kind) == getattr(both[1].cpu.mmu, kind), (kind, case)
+            if a.vector is not None or both[0].cpu.halted:
+                break
+
+
+def go_on(ours: Ours, stop: int) -> Outcome | str:
+    """What became of it; a sentence if it is the end of the VM."""
+    try:
+        return ours.go_on(stop)
+    except VmExit as end:
+        return str(end)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
+def test_each_instruction_does_the_same_translated(world):
+    pair, generator = Pair(world), Generator(world, "translated")
+    for stems in forms(world.bits).values():
+        for _ in range(TRIES):
+            with contextlib.suppress(Unfit):
+                case, _ = generator.case(generator.random.choice(stems))
+                if not world.real and generator.random.random() < 0.3:
+                    case = with_pages(case, generator.random)
+                pair.compare(case, [1])
+    assert pair.left
+
+
+def loop(generator: Generator, often: list, all_stems: list) -> Case:
+    """Some instructions in a row, and a jump back to the first that is taken some times; perhaps a jump across some."""
+    world, choice = generator.world, generator.random
+    registers = generator.registers()
+    for index in (RBX, RBP, RSI, RDI):
+        registers[index] = generator.target(2 if index == RBP else 3, world.bits)
+    registers[RCX] = choice.randrange(2, 40)
+    pieces: list[bytes] = []
+    for _ in range(choice.randrange(1, 8)):
+        with contextlib.suppress(Unfit):
+            stems = choice.choice(often if choice.random() < 0.9 else all_stems)
+            pieces.append(generator.instruction(choice.choice(stems), registers, CODE + len(b"".join(pieces)))[0])
+    if len(pieces) > 2 and choice.random() < 0.5:
+        place = choice.randrange(len(pieces) - 1)
+        pieces.insert(place, bytes([0x70 | choice.getrandbits(4), len(pieces[place])]))  # Jcc
+    code = b"".join(pieces)
+    counted = b"\x49" if world.bits != 64 else b"\xff\xc9"
+    back = choice.choice([b"\xe2", counted + b"\x75", counted + b"\x7f"])  # LOOP; DEC ECX, JNZ; DEC ECX, JG
+    code += back + (-len(code) - len(back) - 1 & 0xFF).to_bytes(1, "little")
+    case = Case(world.name, code, tuple(registers), generator.flags())
+    return with_pages(case, choice) if not world.real and choice.random() < 0.3 else case
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
+def test_loops_do_the_same_translated_wherever_they_are_stopped(world, loops=LOOPS, seed="loops"):
+    pair, generator = Pair(world), Generator(world, seed)
+    all_stems = list(forms(world.bits).values())
+    often = [stems for number, stems in forms(world.bits).items() if not DEFINITIONS[number].data_decides]
+    for _ in range(loops):
+        case = loop(generator, often, all_stems)
+        pair.compare(case, [generator.random.randrange(1, 40) for _ in range(12)])
+    assert pair.left
+
+
+# --- What may change under a translation ------------------------------------------------------------------------------
+
+
+def test_code_that_rewrites_itself_runs_as_it_stands_also_if_it_was_translated():
+    pair, rng = Pair(WORLDS["flat32"]), random.Random("rewriting translated")
+    directory, table = TABLES
+    entries = b"".join((PAGES[page] << 12 | 0x67).to_bytes(4, "little") for page in sorted(PAGES))
+    for _ in range(LOOPS // 3):
+        start, code = rewriting_program(rng)
+        first = (FIRST + 1 << 12) - start
+        memory = (
+            (directory, (table | 0x67).to_bytes(4, "little")), (table, entries),
+            (FIRST << 12 | start & 0xFFF, code[:first]), (SECOND << 12, code[first:]),
+        )  # fmt: skip
+        controls = CR0_PG | CR0_PE | CR0_ET, directory, 0, 0
+        case = Case("flat32", code, COUNTERS, 2, memory, 10_000, False, start, controls)
+        pair.compare(case, [*(rng.randrange(1, 60) for _ in range(20)), 10_000])
+        registers = pair.translated.cpu.regs[: len(COUNTERS)]
+        assert [register.value for register in registers] == model(start, code)[0], case
+
+
+def test_a_store_into_one_block_of_a_loop_drops_the_translation_of_all_of_it():
+    # mov ebp, 2; all: mov ecx, 100; again: test cl, 1; jz over; inc eax; jmp over; over: dec ecx; jnz again;
+    # mov byte [the INC], 42h (inc edx); dec ebp; jnz all
+    cpu = machine("bd02000000 b964000000 f6c101 7403 40 eb00 49 75f5 c605 0f800000 42 4d 75e6 f4")
+    run(cpu)
+    assert (cpu.regs[RAX].value, cpu.regs[RDX].value) == (50, 50)
+
+
+def test_addresses_of_32_bit_code_in_long_mode_are_cut_to_32_bits():
+    """There may be pages beyond; elsewhere, an address that is too large is not in the TLB."""
+    cpu = machine("f4")
+    for long_mode in (False, True):
+        reader = Reader(cpu, cpu.mode._replace(long_mode=long_mode))
+        address = (reader.regs[RAX].value + reader.regs[RBX].value) & 0xFFFFFFFF
+        assert (reader.unwrapped(address) is address) == long_mode
+
+
+def run(cpu: Cpu, heat: int = 0, most: int = 20_000) -> Cpu:
+    """Run to HLT, translating what has been run `heat` times."""
+    cpu.translator.heat = heat
+    while not cpu.halted:
+        assert cpu.retired < most
+        cpu.attention = False
+        cpu.run(most)
+    return cpu
+
+
+def number(value: int) -> str:
+    return value.to_bytes(4, "little").hex()
+
+
+@pytest.mark.parametrize(
+    "program, expected",
+    [
+        # mov ecx, 200; again: mov eax, [5000h]; add edx, eax; dec ecx; jnz again
+        ("b9c8000000 a100500000 01c2 49 75f6 f4", {RDX: 200 * 3}),
+        # the same with the page at 6000h put there every second round: xor dword [entry], 3000h; invlpg [5000h]
+        ("b9c8000000 a100500000 01c2 813514200000 00300000 0f013d00500000 49 75e5 f4", {RDX: 100 * 3 + 100 * 5}),
+        # and with the entry not changed back, and the TLB emptied by MOV CR3: mov eax, cr3; mov cr3, eax
+        ("b9c8000000 a100500000 01c2 810514200000 00000000 0f20d8 0f22d8 49 75e6 f4", {RDX: 200 * 3}),
+    ],
+    ids=["nothing", "INVLPG", "MOV CR3"],
+)
+def test_a_page_that_is_mapped_elsewhere_is_found_there(program, expected):
+    cpu = machine(program)
+    cpu.memory.load(0x5000, (3).to_bytes(4, "little"))
+    cpu.memory.load(0x6000, (5).to_bytes(4, "little"))
+    run(cpu)
+    assert {register: cpu.regs[register].value for register in expected} == expected
+    assert cpu.translator.translations
+
+
+@pytest.mark.parametrize("guest", ["counter", "shell", "long64", "compute"])
+def test_a_whole_machine_is_the_same_at_any_instant(guest):
+    """With interrupts from the timer, a user at the console, system calls, and whatever else these guests do."""
+    both = [boot(guest, b"help\n\0\0count\n\0\0\0ticks\n") for _ in range(2)]
+    both[0].cpu.translator.heat, both[1].cpu.translator.heat = 1, COLD
+    rng, instructions = random.Random(guest), 0
+    for _ in range(6):
+        instructions += rng.randrange(1, 60_000)
+        for each in both:
+            run_to(each, instructions)
+        if any(each.exit_code is not None for each in both):
+            break
+        assert_same_state(*both)
+    assert both[0].console.output == both[1].console.output
+    assert both[0].cpu.translator.translations and not both[1].cpu.translator.translations
+
+
+# --- What makes trouble -----------------------------------------------------------------------------------------------
+
+
+def count_left(cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where translations are left in their middle."""
+    left = []
+    leave = cpu.translator.leave
+
+    def note(error: KeyError) -> None:
+        leave(error)
+        left.append(cpu.ip)
+
+    monkeypatch.setattr(cpu.translator, "leave", note)
+    return left
+
+
+@pytest.mark.parametrize(
+    "program, expected",
+    [
+        # mov ecx, 500; mov ebx, 5FFEh; again: add [ebx], ecx; add eax, [ebx]; dec ecx; jnz again: across two pages
+        ("b9f4010000 bbfe5f0000 010b 0303 49 75f9 f4", None),
+        # mov ebx, 6000h; mov esi, -1; again: mov eax, [ebx + esi * 4]; add edx, eax; dec ecx; jnz again; hlt
+        ("b9f4010000 bb00600000 beffffffff 8b04b3 01c2 49 75f8 f4", {RDX: 500 * 7}),
+        # mov ebx, 5000h; again: mov edx, ecx; and ecx, 1; shl eax, cl; mov ecx, edx; inc eax; dec ecx; jnz again
+        ("b9f4010000 89ca 83e101 d3e0 89d1 40 49 75f3 f4", None),
+        # again: mov [code], ecx (behind this program); dec ecx; jnz again
+        ("b9f4010000 890d40800000 49 75f7 f4", {RCX: 0}),
+        # again: call +0; pop eax; dec ecx; jnz again: a jump whose target is on the stack
+        ("b9f4010000 e800000000 58 49 75f7 f4", {RAX: CODE + 10}),
+    ],
+    ids=["two pages", "an index of -1", "a shift by 0", "code beside data", "the stack"],
+)
+def test_an_instruction_that_often_leaves_its_translation_does_not_do_so_for_ever(program, expected, monkeypatch):
+    cpu, other = machine(program), machine(program)
+    for each in (cpu, other):
+        each.memory.load(0x5FFC, (7).to_bytes(4, "little"))
+    left = count_left(cpu, monkeypatch)
+    run(cpu)
+    run(other, heat=COLD)
+    assert cpu.retired == other.retired
+    assert [register.value for register in cpu.regs] == [register.value for register in other.regs]
+    assert cpu.eflags == other.eflags
+    assert bytes(cpu.memory.ram) == bytes(other.memory.ram)
+    if expected:
+        assert {register: cpu.regs[register].value for register in expected} == expected
+    assert len(left) <= 5 * translate.MANY_TROUBLES
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["19d0", "0fc8", "d1d0", "0fafc2", "0fbae80b", "69c0b179379e", "01c28d04d0", "f7d8d1d215", "c1c80d0fafc001c2"],
+    ids=["sbb", "bswap", "rcl", "imul", "bts", "imul constant", "add, lea", "neg, rcl, adc", "ror, imul, add"],
+)
+def test_an_expression_may_be_as_long_as_it_likes(step):
+    """One that is longer than Python's parser, or its stack, could take, at an instruction that needs all of it."""
+    step += "78563412" if step.endswith("15") else ""
+    # mov ecx, 300; again: step, 100 times; mov [5000h], eax; dec ecx; jnz again
+    body = step * 100 + "a300500000 49"
+    back = -len(bytes.fromhex(body)) - 6
+    program = "b92c010000" + body + "0f85" + number(back & 0xFFFFFFFF) + "f4"
+    cpu, other = machine(program), machine(program)
+    for each in (cpu, other):
+        each.regs[RAX].value = 0x12345678
+    run(cpu, most=100_000)
+    run(other, COLD, most=100_000)
+    assert [register.value for register in cpu.regs] == [register.value for register in other.regs]
+    assert (cpu.eflags, cpu.retired) == (other.eflags, other.retired)
+    assert cpu.translator.translations
+
+
+def test_translations_do_not_grow_without_end_and_those_in_use_stay(monkeypatch):
+    monkeypatch.setattr(translate, "MAX_TRANSLATIONS", 8)
+    # mov edx, 3; all: (mov ecx, 20; again: dec ecx; jnz again; inc eax) 50 times; dec edx; jnz all
+    cpu = machine("ba03000000" + "b914000000 49 75fd 40" * 50 + "4a 0f85" + number(-459 & 0xFFFFFFFF) + "f4")
+    run(cpu)
+    assert cpu.regs[RAX].value == 150
+    assert 0 < len(cpu.translator.translations) <= 8
+    for translation in cpu.translator.translations.values():
+        assert all(translation in block.part_of for block in translation.blocks)
+
+
+# --- What the user sees -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_translated_is_written_side_by_side_with_its_code(tmp_path):
+    vm = loaded(configured(guest="compute", translate_dump=str(tmp_path / "new" / "directory")), b"")
+    run_to(vm, 200_000)
+    files = sorted(Path(tmp_path, "new", "directory").iterdir())
+    assert len(files) >= len(vm.cpu.translator.translations) > 0
+    text = "".join(file.read_text() for file in files)
+    lines = [line for line in text.splitlines() if "mov byte ptr [ebx - 0x3fff3800], 0" in line]
+    assert lines and all("bytes8[write_tlb[" in text[text.index(line) :][:400] for line in lines)
+
+
+def test_nothing_is_translated_if_the_user_does_not_want_it():
+    vm = loaded(configured(guest="compute", translate="false"), b"")
+    run_to(vm, 200_000)
+    assert not vm.cpu.translator.translations
