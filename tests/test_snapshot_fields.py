@@ -144,7 +144,7 @@ NOT_SAVED = {
             for segment in ("segments.*", "ldtr", "tr")
             for derived in ("first", "flat", "last", "readable", "unmarked", "writable")
         },
-        **dict.fromkeys(("code", "read_tlb", "write_tlb"), FOUND_AGAIN),
+        **dict.fromkeys(("code", "read_tlb", "translator", "write_tlb"), FOUND_AGAIN),
         "mmu.[!p]*": "by control registers, or is found again",
         **dict.fromkeys(("debug.breakpoints", "debug.watched_pages"), "by the debug registers"),
         "debug.extensions": "by CR4",
