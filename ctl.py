@@ -42,7 +42,6 @@ from mini_bhyve.ipc import (
     socket_path,
     vm_names,
 )
-from mini_bhyve.snapshot_files import KERN, META, RAM
 from mini_bhyve.snapshot_state import SnapshotError
 
 if TYPE_CHECKING:  # rich takes longer to load than a VM to answer, so whoever needs it imports it
@@ -310,6 +309,8 @@ def diff(before: str, after: str, svg: str | None) -> dict[str, Any]:
 
 def refuse_snapshot(svg: str, *snapshots: str) -> None:
     """Leave the files of these snapshots alone, under whatever name. (A running VM may have its RAM in one.)"""
+    from mini_bhyve.snapshot_files import KERN, META, RAM
+
     for snapshot in snapshots:
         for part in (RAM, KERN, META):
             if os.path.exists(svg) and os.path.exists(snapshot + part) and os.path.samefile(svg, snapshot + part):
