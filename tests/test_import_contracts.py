@@ -109,5 +109,5 @@ def test_to_talk_to_a_vm_ctl_needs_only_the_socket_and_what_looks_at_snapshots_i
     tree = ast.parse((TREE / "ctl.py").read_text())
     always = {"mini_bhyve.ipc", "mini_bhyve.snapshot_state"}  # the latter for the error that a snapshot may have
     assert imported_by(tree.body) == always
-    looking = {"mini_bhyve.stopped_vm", "mini_bhyve.snapshot_diff", "mini_bhyve.memory_picture"}
-    assert imported_by(ast.walk(tree)) == always | looking
+    looking = {"stopped_vm", "snapshot_diff", "snapshot_files", "memory_picture"}
+    assert imported_by(ast.walk(tree)) == always | {f"mini_bhyve.{name}" for name in looking}
