@@ -61,7 +61,7 @@ __all__ = ["Snapshot", "SnapshotError", "State", "VcpuPause", "init_snapshot", "
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 BASIC_METADATA = {"ncpus": int, "vmname": str, "memsize": int, "memflags": int}
-WRITER_NICE = 7  # of the process that writes while the guest runs: the guest goes first
+WRITER_NICE = 10  # of the process that writes while the guest runs: the guest goes first
 MAX_META_SIZE = 1 << 20  # bytes; far more than a VM needs, and little enough to be read without thought
 
 
