@@ -158,14 +158,23 @@ def counter_at(instant: int) -> Machine:
     return machine
 
 
+def assert_one_of_them(restored: Machine) -> None:
+    """The restored VM is what one of those that kill_at_random() saves was."""
+    assert restored.cpu.retired in (500, *range(1000, 8000, 1000))
+    assert_same_state(restored, counter_at(restored.cpu.retired))
+
+
 def kill_at_random(directory: Path, chance: random.Random) -> None:
     """Kill a process that saves a VM, with the process that writes or without it: there is a whole snapshot then."""
     path = str(directory / "vm.ckp")
     checkpoint(counter_at(500), path)
+    reading, writing = os.pipe()
     victim = os.fork()
     if victim == 0:
         os.setpgid(0, 0)
+        os.dup2(writing, 1)  # its writer has the standard output, too
         keep_saving(path)
+    os.close(writing)
     with contextlib.suppress(OSError):  # the child may have done it already
         os.setpgid(victim, victim)
     time.sleep(chance.random() * 0.6)
@@ -175,10 +184,10 @@ def kill_at_random(directory: Path, chance: random.Random) -> None:
         else:
             os.killpg(victim, signal.SIGKILL)
     os.waitpid(victim, 0)
-    # Waits for a writer that has outlived its VM, as it holds the lock of the directory.
-    restored = restore(path, b"")
-    assert restored.cpu.retired in (500, *range(1000, 8000, 1000))
-    assert_same_state(restored, counter_at(restored.cpu.retired))
+    assert_one_of_them(restore(path, b""))  # while a writer that has outlived its VM goes on
+    with open(reading, "rb") as ends_with_the_last_of_them:
+        assert ends_with_the_last_of_them.read() == b""
+    assert_one_of_them(restore(path, b""))
     checkpoint(counter_at(500), path)
     assert sorted(os.listdir(directory)) == COMPLETE
 
@@ -188,6 +197,40 @@ def test_killed_at_a_random_instant_a_vm_or_its_writer_leaves_a_whole_snapshot(t
     chance = random.Random(kills)
     for _ in range(kills):
         kill_at_random(tmp_path, chance)
+
+
+def test_the_writer_of_a_vm_that_was_killed_goes_on_and_keeps_its_name_to_itself(tmp_path):
+    path = str(tmp_path / "vm.ckp")
+    checkpoint(counter_at(500), path)
+    reading, writing = os.pipe()
+    go = mmap.mmap(-1, 4096)  # shared with the children
+    victim = os.fork()
+    if victim == 0:
+        os.dup2(writing, 1)
+        at_once = snapshot.write_ram
+
+        def write_ram(*arguments):
+            os.write(1, b"begun")
+            while not go[0]:
+                time.sleep(0.005)
+            at_once(*arguments)
+
+        snapshot.write_ram = write_ram
+        keep_saving(path)
+    os.close(writing)
+    with open(reading, "rb", buffering=0) as ends_with_the_writer:
+        assert ends_with_the_writer.read(5) == b"begun"
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
+        try:
+            with pytest.raises(SnapshotError, match="vm.ckp is being written by another process$"):
+                checkpoint(counter_at(500), path)
+            checkpoint(counter_at(500), tmp_path / "other.ckp")  # waits for nobody
+            assert restore(path, b"").cpu.retired == 500  # nor does this
+        finally:
+            go[0] = 1
+        assert ends_with_the_writer.read() == b""
+    assert_same_state(restore(path, b""), counter_at(1000))
 
 
 def test_a_directory_that_vanishes_while_a_checkpoint_is_written_is_an_error_and_the_vm_runs_on(tmp_path, monkeypatch):
