@@ -85,7 +85,7 @@ class ChildTask:
     def finished(self) -> bool:
         """Take in what the child has told, without waiting; whether it has ended."""
         with self._asking:
-            while self._outcome is None and select.select([self._reader], [], [], 0)[0]:
+            while self._outcome is None and self._news(0):
                 self._hear(self._reader.read(65536))
             return self._outcome is not None
 
@@ -97,7 +97,7 @@ class ChildTask:
             if left is not None and left <= 0:
                 return False
             # Another thread may take in the last line before we see it: so look again now and then.
-            select.select([self._reader], [], [], TELL_INTERVAL if left is None else min(left, TELL_INTERVAL))
+            self._news(TELL_INTERVAL if left is None else min(left, TELL_INTERVAL))
         return True
 
     def check(self) -> None:
@@ -115,6 +115,12 @@ class ChildTask:
     def close(self) -> None:
         """Give back the descriptor. To be called once it has ended, by who has waited for that."""
         self._reader.close()
+
+    def _news(self, seconds: float) -> bool:
+        """Wait so long for something from the child. (Not with select(2), which knows no descriptor above 1023.)"""
+        poll = select.poll()
+        poll.register(self._reader, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
     def _hear(self, data: bytes | None) -> None:
         """Some bytes from the child; b"" is the end, with its last line or without."""

@@ -46,7 +46,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Callable, Protocol
 
@@ -99,7 +99,7 @@ class VirtualMachine(Protocol):
         """
 
     def disk_descriptors(self) -> tuple[int, ...]:
-        """The descriptors that seal_disk() and disk_changed() need."""
+        """The descriptors that seal_disk() and disk_changed() need. No snapshot may replace these files."""
 
     def seal_disk(self, disk: dict[str, Any], tell: Callable[[int], None]) -> None:
         """What was on one of disks(), which was told earlier, shall outlive the host. SnapshotError if that fails.
@@ -285,24 +285,16 @@ def take_picture(vm: VirtualMachine) -> tuple[bytes, dict[str, Any]]:
 def write_snapshot(vm: VirtualMachine, kern: bytes, document: dict[str, Any], path: str, tell: Tell) -> None:
     """Write the three files, of memory as it is in this process. What there is of them is removed if that fails."""
     with SnapshotFiles(path) as files:
-        files.finish_interrupted()
-        files.check_names()
-        files.remove_unfinished()
-        try:
-            checksum = Checksum()
-            steps = Steps(tell, vm.memory.size, document["disks"])
-            files.write_new(RAM, lambda descriptor: write_ram(descriptor, vm.memory.ram, checksum, steps.memory))
-            files.write_new(KERN, lambda descriptor: write_all(descriptor, kern, 0))
-            for disk in document["disks"]:  # they are not in the snapshot, but what is in it counts on them
-                vm.seal_disk(disk, steps.disk(disk))
-            checksums = {"ram": checksum.hexdigest(), "kern": hashlib.sha256(kern).hexdigest()}
-            files.write_new(META, lambda descriptor: write_all(descriptor, metadata(document, checksums), 0))
-            files.commit()
-        except BaseException:
-            if not files.committed:
-                with suppress(SnapshotError):  # what cannot be removed now, the next checkpoint of this name removes
-                    files.remove_unfinished()
-            raise
+        files.begin(vm.disk_descriptors())
+        checksum = Checksum()
+        steps = Steps(tell, vm.memory.size, document["disks"])
+        files.write_new(RAM, lambda descriptor: write_ram(descriptor, vm.memory.ram, checksum, steps.memory))
+        files.write_new(KERN, lambda descriptor: write_all(descriptor, kern, 0))
+        for disk in document["disks"]:  # they are not in the snapshot, but what is in it counts on them
+            vm.seal_disk(disk, steps.disk(disk))
+        checksums = {"ram": checksum.hexdigest(), "kern": hashlib.sha256(kern).hexdigest()}
+        files.write_new(META, lambda descriptor: write_all(descriptor, metadata(document, checksums), 0))
+        files.commit()
 
 
 class Steps:
@@ -473,40 +465,37 @@ def load_snapshot(path: str) -> Snapshot:
     An interrupted checkpoint that got past its commit is finished first.
     """
     with SnapshotFiles(path) as files:
-        files.finish_interrupted()
-        with files.open(META) as meta_file:
+        meta_file, kern_file, ram_file = files.open()
+    with ExitStack() as opened:
+        opened.callback(ram_file.close)
+        with meta_file, kern_file:
             meta = parse_meta(path + META, _read(path + META, meta_file, MAX_META_SIZE))
-        with files.open(KERN) as kern_file:
             kern_size = sum(entry["size"] for entry in meta["kern_structs"] + meta["devices"])
             _check_size(path + KERN, kern_file, kern_size)
             kern = _read(path + KERN, kern_file, kern_size)
-        ram_file, ram = map_ram(path, files, meta["basic metadata"]["memsize"])
-    if hashlib.sha256(kern).hexdigest() != meta["sha256"]["kern"]:
-        raise SnapshotError(f"{path}{KERN} is damaged or of another snapshot: its SHA-256 is not what .meta says")
-    return Snapshot(
-        path=path,
-        kern_structs=unpack_states(path + KERN, meta["kern_structs"], kern),
-        devices=unpack_states(path + KERN, meta["devices"], kern),
-        disks=meta["disks"],
-        ram=ram,
-        ram_file=ram_file,
-        ram_checksum=meta["sha256"]["ram"],
-        version=meta["format version"],
-        **meta["basic metadata"],
-    )
+        ram = map_ram(path, ram_file, meta["basic metadata"]["memsize"])
+        if hashlib.sha256(kern).hexdigest() != meta["sha256"]["kern"]:
+            raise SnapshotError(f"{path}{KERN} is damaged or of another snapshot: its SHA-256 is not what .meta says")
+        snapshot = Snapshot(
+            path=path,
+            kern_structs=unpack_states(path + KERN, meta["kern_structs"], kern),
+            devices=unpack_states(path + KERN, meta["devices"], kern),
+            disks=meta["disks"],
+            ram=ram,
+            ram_file=ram_file,
+            ram_checksum=meta["sha256"]["ram"],
+            version=meta["format version"],
+            **meta["basic metadata"],
+        )
+        opened.pop_all()  # it is the snapshot's from now on
+    return snapshot
 
 
-def map_ram(path: str, files: SnapshotFiles, memsize: int) -> tuple[BinaryIO, mmap.mmap]:
-    """The file NAME, open, and a private mapping of it: what is written there never reaches the file."""
-    file = files.open(RAM)
-    try:
-        _check_size(path, file, memsize)
-        with explained("map", path):
-            flags, rights = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-            return file, mmap.mmap(file.fileno(), memsize, flags=flags, prot=rights)
-    except SnapshotError:
-        file.close()
-        raise
+def map_ram(path: str, file: BinaryIO, memsize: int) -> mmap.mmap:
+    """A private mapping of the file NAME: what is written there never reaches the file."""
+    _check_size(path, file, memsize)
+    with explained("map", path):
+        return mmap.mmap(file.fileno(), memsize, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def parse_meta(path: str, text: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ neither the old snapshot nor the new one.
 One rename is atomic, but three are not together. So the moment of truth is a fourth one, and everything that follows it
 can be done again by whoever comes next (a redo log, as databases have it):
 
+    0  remove what an interrupted step 1 left, and fsync the directory
     1  write and fsync NAME.unfinished, NAME.kern.unfinished, NAME.meta.unfinished
     2  fsync the directory
                                                       a crash up to here leaves the old snapshot
@@ -23,6 +24,24 @@ file takes its place before the new snapshot is certain, and NAME.meta.ready is 
 
 A rename replaces a name and not the file behind it. A VM that was restored from NAME has mapped the old file, and keeps
 it when a new one takes its name.
+
+There are two locks (flock(2); the kernel takes them back from a process that dies):
+
+    the directory's          whoever has it may do steps 4 to 8 and open the three files, which then belong together.
+                             It is never kept for long, and never waited for longer than LOCK_TIMEOUT: anybody who can
+                             read the directory could keep it, and a VM shall not stand still for that.
+    that of NAME.unfinished  whoever has it writes NAME, and the three unfinished files are theirs alone. It is never
+                             waited for: a second checkpoint of this name is refused. Unfinished files without it are
+                             what somebody left who was killed.
+
+    writer                   |- begin() -|                                      |- commit() -|
+                             |  step 0   |               step 1                 | 2 to 8     |
+    directory locked         |===========|                                      |============|
+    NAME.unfinished locked            |=======================================================| (as NAME, since step 5)
+    reader                                   |= open() =|
+
+NAME.unfinished gets and loses its name only with the directory locked, but for one case: who has its lock and gives up
+removes it, as the last of the three.
 """
 
 from __future__ import annotations
@@ -30,8 +49,9 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import BinaryIO, Callable
 
 from mini_bhyve.snapshot_state import SnapshotError
@@ -42,6 +62,12 @@ KERN = ".kern"
 META = ".meta"
 UNFINISHED = ".unfinished"
 READY = ".ready"
+
+# All names that a checkpoint may write, rename or remove.
+NAMES = (RAM, KERN, META, RAM + UNFINISHED, KERN + UNFINISHED, META + UNFINISHED, META + READY)
+
+LOCK_TIMEOUT = 5.0  # seconds to wait for the lock of the directory, which nobody needs for long
+LOCK_INTERVAL = 0.01  # seconds between two attempts
 
 
 @contextmanager
@@ -54,10 +80,10 @@ def explained(action: str, path: str) -> Iterator[None]:
 
 
 class SnapshotFiles:
-    """The files of the snapshot `path`, and the steps from the old ones to the new ones (top of this file).
+    """The files of the snapshot `path`: to read them, open(); to write them, begin(), write_new() each, commit().
 
-    The directory is kept open, so that all names are looked up in the same one even if it is moved meanwhile; and
-    locked, so that two VMs that write the same snapshot, or one that writes it and one that reads it, do so in turn.
+    The directory is kept open, so that all names are looked up in the same one even if it is moved meanwhile. What has
+    been begun and not committed is removed in the end.
     """
 
     def __init__(self, path: str):
@@ -66,38 +92,62 @@ class SnapshotFiles:
         if "\0" in path or self.base in ("", ".", ".."):
             raise SnapshotError(f"{path!r} is not the name of a file")
         self.committed = False
+        self._unfinished: int | None = None  # descriptor of our NAME.unfinished, which is locked
         self.directory_path = directory or "."
         with explained("open the directory", self.directory_path):
             self.directory = os.open(self.directory_path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with explained("lock the directory", self.directory_path):
-                fcntl.flock(self.directory, fcntl.LOCK_EX)
-        except SnapshotError:
-            os.close(self.directory)
-            raise
 
     def __enter__(self) -> SnapshotFiles:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._unfinished is not None:
+            if not self.committed:
+                with suppress(SnapshotError):  # what cannot be removed now, the next checkpoint of this name removes
+                    self._check_ours()
+                    self._remove_unfinished()
+            with suppress(OSError):  # all of it has been seen to the disk, or is not wanted
+                os.close(self._unfinished)  # and with it goes the lock
         with suppress(OSError):  # there is nothing unwritten in it that could be lost
-            os.close(self.directory)  # and with it goes the lock
+            os.close(self.directory)
 
-    def check_names(self) -> None:
-        """SnapshotError if a snapshot of this name would replace something else: a directory, a disk image."""
-        modes = {suffix: self._mode(suffix) for suffix in (RAM, KERN, META)}
-        for suffix, mode in modes.items():
-            if mode is not None and not stat.S_ISREG(mode):
-                raise SnapshotError(f"{self.path}{suffix} exists and is not a regular file")
-        if modes[RAM] is not None and modes[META] is None:
-            raise SnapshotError(f"{self.path} exists and is not a snapshot: there is no {self.path}{META} beside it")
+    def open(self) -> tuple[BinaryIO, BinaryIO, BinaryIO]:
+        """NAME.meta, NAME.kern and NAME, open to read, and all of the same snapshot. SnapshotError if one is missing.
+
+        An interrupted checkpoint that got past its commit is finished first.
+        """
+        with self._directory_locked(), ExitStack() as opened:
+            self._finish_interrupted()
+            meta, kern, ram = (opened.enter_context(self._open(suffix)) for suffix in (META, KERN, RAM))
+            opened.pop_all()
+        return meta, kern, ram
+
+    def begin(self, disks: Iterable[int]) -> None:
+        """From here on, it is we who write the snapshot. SnapshotError if others do, or if other files are in the way.
+
+        `disks` are the descriptors of the VM's disk images, which are not to be replaced.
+        """
+        for suffix in (KERN, META, UNFINISHED, READY):
+            if self.base.endswith(suffix):
+                raise SnapshotError(f"{self.path} is no name for a snapshot: {suffix} is how parts of snapshots end")
+        with self._directory_locked():
+            self._check_disks(disks)
+            self._finish_interrupted()
+            self._check_names()
+            self._check_nobody_writes()
+            self._remove_unfinished()
+            with explained("write", self.path + UNFINISHED):
+                self._unfinished = self._create(RAM)
+                fcntl.flock(self._unfinished, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write_new(self, suffix: str, write: Callable[[int], None]) -> None:
         """Step 1 for one file: make it, let `write(descriptor)` fill it, and see it to the disk."""
         with explained("write", self.path + suffix + UNFINISHED):
-            descriptor = os.open(
-                self.base + suffix + UNFINISHED, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self.directory
-            )
+            if suffix == RAM and self._unfinished is not None:  # begin() has made it, and it stays open
+                write(self._unfinished)
+                os.fsync(self._unfinished)
+                return
+            descriptor = self._create(suffix)
             try:
                 write(descriptor)
                 os.fsync(descriptor)
@@ -106,12 +156,76 @@ class SnapshotFiles:
 
     def commit(self) -> None:
         """Steps 2 to 8."""
-        self._fsync_directory()
-        self._rename(META + UNFINISHED, META + READY)
-        self.committed = True
-        self.finish_interrupted()
+        with self._directory_locked():
+            self._check_ours()
+            self._fsync_directory()
+            self._rename(META + UNFINISHED, META + READY)
+            self.committed = True
+            self._finish_interrupted()
 
-    def finish_interrupted(self) -> None:
+    @contextmanager
+    def _directory_locked(self) -> Iterator[None]:
+        """Lock the directory for a short while."""
+        end = time.monotonic() + LOCK_TIMEOUT
+        with explained("lock the directory", self.directory_path):
+            while not _try_lock(self.directory):
+                if time.monotonic() >= end:
+                    raise SnapshotError(f"somebody keeps the directory {self.directory_path} locked")
+                time.sleep(LOCK_INTERVAL)
+        try:
+            yield
+        finally:
+            with explained("unlock the directory", self.directory_path):
+                fcntl.flock(self.directory, fcntl.LOCK_UN)
+
+    def _check_disks(self, disks: Iterable[int]) -> None:
+        """SnapshotError if one of the names that we need is that of a disk image, or of a link to one."""
+        with explained("compare the disks with", self.path):
+            identities = {_identity(os.fstat(descriptor)) for descriptor in disks}
+        for suffix in NAMES:
+            with explained("look at", self.path + suffix), suppress(FileNotFoundError):
+                if _identity(os.stat(self.base + suffix, dir_fd=self.directory)) in identities:
+                    raise SnapshotError(f"{self.path + suffix} is a disk of this VM, and a snapshot would replace it")
+
+    def _check_names(self) -> None:
+        """SnapshotError if the three files would replace something else than the three of a snapshot."""
+        modes = {suffix: self._mode(suffix) for suffix in (RAM, KERN, META)}
+        for suffix, mode in modes.items():
+            if mode is not None and not stat.S_ISREG(mode):
+                raise SnapshotError(f"{self.path}{suffix} exists and is not a regular file")
+        there = [suffix for suffix, mode in modes.items() if mode is not None]
+        missing = [suffix for suffix, mode in modes.items() if mode is None]
+        if there and missing:
+            raise SnapshotError(
+                f"{self.path}{there[0]} exists and is not part of a snapshot: "
+                f"there is no {self.path}{missing[-1]} beside it"
+            )
+
+    def _check_nobody_writes(self) -> None:
+        """SnapshotError if somebody has NAME.unfinished locked. The directory is locked, so nobody can begin now."""
+        mode = self._mode(UNFINISHED)
+        if mode is None or not stat.S_ISREG(mode):
+            return
+        with explained("open", self.path + UNFINISHED):
+            try:
+                descriptor = os.open(self.base + UNFINISHED, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.directory)
+            except FileNotFoundError:  # who wrote it has given up just now
+                return
+            try:
+                if not _try_lock(descriptor):
+                    raise SnapshotError(f"{self.path} is being written by another process")
+            finally:
+                os.close(descriptor)
+
+    def _check_ours(self) -> None:
+        """SnapshotError if NAME.unfinished is not the file that we have locked: then it is not we who write NAME."""
+        with explained("look at", self.path + UNFINISHED):
+            found = os.stat(self.base + UNFINISHED, dir_fd=self.directory, follow_symlinks=False)
+            ours = self._unfinished is not None and _identity(os.fstat(self._unfinished)) == _identity(found)
+        if not ours:
+            raise SnapshotError(f"somebody has replaced {self.path}{UNFINISHED} while it was written")
+
+    def _finish_interrupted(self) -> None:
         """Steps 4 to 8, as far as they are still to be done; nothing if no NAME.meta.ready is there."""
         if self._mode(META + READY) is None:
             return
@@ -123,8 +237,8 @@ class SnapshotFiles:
         self._rename(META + READY, META)
         self._fsync_directory()
 
-    def remove_unfinished(self) -> None:
-        """Remove what an interrupted step 1 left.
+    def _remove_unfinished(self) -> None:
+        """Step 0. NAME.unfinished goes last: until then nobody else begins to write.
 
         The fsync also sees to it that the last rename of the checkpoint before this one (step 7) is on the disk. Were
         it still to be lost in a power cut, NAME.meta.ready would come back, and take the next unfinished files for its
@@ -135,8 +249,13 @@ class SnapshotFiles:
                 os.unlink(self.base + suffix + UNFINISHED, dir_fd=self.directory)
         self._fsync_directory()
 
-    def open(self, suffix: str) -> BinaryIO:
-        """Open one of the three files to read. SnapshotError if there is none."""
+    def _create(self, suffix: str) -> int:
+        """A new unfinished file, open to be written. OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        return os.open(self.base + suffix + UNFINISHED, flags, 0o600, dir_fd=self.directory)
+
+    def _open(self, suffix: str) -> BinaryIO:
+        """Open one of the three files to read."""
         with explained("open", self.path + suffix):
             # O_NONBLOCK, because to open a named pipe would wait for somebody to write.
             descriptor = os.open(self.base + suffix, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self.directory)
@@ -159,3 +278,17 @@ class SnapshotFiles:
     def _fsync_directory(self) -> None:
         with explained("write", self.directory_path):
             os.fsync(self.directory)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """What two names of the same file have in common, and no other file has."""
+    return status.st_dev, status.st_ino
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file or directory, unless another has it locked; whether that was so. OSError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

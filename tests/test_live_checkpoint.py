@@ -65,8 +65,10 @@ def writer_that_waits(monkeypatch):
     snapshot_writer = snapshot.write_snapshot
     with monkeypatch.context() as patch:
         patch.setattr(snapshot, "write_snapshot", waits)
-        yield
-        go[0] = 1
+        try:
+            yield
+        finally:
+            go[0] = 1
 
 
 # --- Live -------------------------------------------------------------------------------------------------------------
@@ -145,11 +147,22 @@ def test_a_snapshot_takes_the_room_of_the_pages_in_use(tmp_path):
 # --- Kills ------------------------------------------------------------------------------------------------------------
 
 
-def keep_saving(path: str) -> None:
-    """What a process that will be killed does: the guest `counter` computes, and is saved every 1000 instructions."""
+def keep_saving(path: str, shared: mmap.mmap) -> None:
+    """What a process that will be killed does: the guest `counter` computes, and is saved every 1000 instructions.
+
+    Its first two bytes count snapshots begun and written; the child processes have `shared`, too.
+    """
+    write = snapshot.write_snapshot
+
+    def counted(*arguments):
+        write(*arguments)
+        shared[1] += 1
+
+    snapshot.write_snapshot = counted
     machine = boot("counter")
     for instant in range(1000, 8000, 1000):
         run_to(machine, instant)
+        shared[0] += 1
         checkpoint(machine, path)
     os._exit(0)
 
@@ -161,27 +174,36 @@ def counter_at(instant: int) -> Machine:
     return machine
 
 
+def assert_one_of_them(restored: Machine) -> None:
+    """The restored VM is what one of those that kill_at_random() saves was."""
+    assert restored.cpu.retired in (500, *range(1000, 8000, 1000))
+    assert_same_state(restored, counter_at(restored.cpu.retired))
+
+
 def kill_at_random(directory: Path, chance: random.Random) -> None:
     """Kill a process that saves a VM, with the process that writes or without it: there is a whole snapshot then."""
     path = str(directory / "vm.ckp")
     checkpoint(counter_at(500), path)
+    shared = mmap.mmap(-1, 4096)
     victim = os.fork()
     if victim == 0:
         os.setpgid(0, 0)
-        keep_saving(path)
+        keep_saving(path, shared)
     with contextlib.suppress(OSError):  # the child may have done it already
         os.setpgid(victim, victim)
     time.sleep(chance.random() * 0.6)
+    writer_lives = chance.random() < 0.5
     with contextlib.suppress(ProcessLookupError):
-        if chance.random() < 0.5:
+        if writer_lives:
             os.kill(victim, signal.SIGKILL)
         else:
             os.killpg(victim, signal.SIGKILL)
     os.waitpid(victim, 0)
-    # Waits for a writer that has outlived its VM, as it holds the lock of the directory.
-    restored = restore(path, b"")
-    assert restored.cpu.retired in (500, *range(1000, 8000, 1000))
-    assert_same_state(restored, counter_at(restored.cpu.retired))
+    assert_one_of_them(restore(path, b""))  # while a writer that has outlived its VM goes on
+    end = time.monotonic() + 3  # if it was killed before it had forked, there is none
+    while writer_lives and shared[0] != shared[1] and time.monotonic() < end:
+        time.sleep(0.01)
+    assert_one_of_them(restore(path, b""))
     checkpoint(counter_at(500), path)
     assert sorted(os.listdir(directory)) == COMPLETE
 
@@ -191,6 +213,37 @@ def test_killed_at_a_random_instant_a_vm_or_its_writer_leaves_a_whole_snapshot(t
     chance = random.Random(kills)
     for _ in range(kills):
         kill_at_random(tmp_path, chance)
+
+
+def test_the_writer_of_a_vm_that_was_killed_goes_on_and_keeps_its_name_to_itself(tmp_path):
+    path = str(tmp_path / "vm.ckp")
+    checkpoint(counter_at(500), path)
+    shared = mmap.mmap(-1, 4096)
+    begun, go = 2, 3
+    victim = os.fork()
+    if victim == 0:
+        at_once = snapshot.write_ram
+
+        def write_ram(*arguments):
+            shared[begun] = 1
+            while not shared[go]:
+                time.sleep(0.005)
+            at_once(*arguments)
+
+        snapshot.write_ram = write_ram
+        keep_saving(path, shared)
+    try:
+        wait_until(lambda: shared[begun])
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
+        with pytest.raises(SnapshotError, match="vm.ckp is being written by another process$"):
+            checkpoint(counter_at(500), path)
+        checkpoint(counter_at(500), tmp_path / "other.ckp")  # waits for nobody
+        assert restore(path, b"").cpu.retired == 500  # nor does this
+    finally:
+        shared[go] = 1
+    wait_until(lambda: shared[1])
+    assert_same_state(restore(path, b""), counter_at(1000))
 
 
 def test_a_directory_that_vanishes_while_a_checkpoint_is_written_is_an_error_and_the_vm_runs_on(tmp_path, monkeypatch):

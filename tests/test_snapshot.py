@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from snapshot_machine import (
     COMPLETE,
-    NEW,
     OLD,
     PAGE,
     SIZE,
@@ -27,7 +26,6 @@ from snapshot_machine import (
 
 from mini_bhyve import nvlist
 from mini_bhyve.snapshot import SnapshotError, State, init_snapshot
-from mini_bhyve.snapshot_files import SnapshotFiles
 from mini_bhyve.snapshot_state import restore_state, save_state
 
 
@@ -446,15 +444,3 @@ def test_a_vm_that_was_paused_can_be_suspended_and_its_vcpu_then_ends(path):
     checkpoint(vm, path, True)
     assert vm.ended
     assert not vm.pause.paused
-
-
-def test_two_who_want_the_same_directory_take_turns(saved):
-    thread = threading.Thread(target=checkpoint, args=(NEW, saved, False), daemon=True)
-    with SnapshotFiles(saved):
-        thread.start()
-        thread.join(0.1)
-        assert thread.is_alive()
-        with open(saved, "rb") as file:
-            assert file.read() == contents(OLD)[0]
-    thread.join(10)
-    assert whole(load_and_check(saved)) == contents(NEW)
