@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +16,37 @@ pytest.register_assert_rewrite("vm_tools", "os_tools", "busy_machine", "lockstep
 
 # What the tests start shall behave as at a terminal, also where they were started by nohup, which has SIGHUP ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+class Descriptors:
+    """Has garbage collected after a test if the descriptors get many: PyPy does not know that a dead machine has some.
+
+    select(2), with which a machine waits, knows no descriptor above 1023.
+    """
+
+    ROOM = 200
+
+    def __init__(self) -> None:
+        self.limit = self.next_free() + self.ROOM
+
+    @staticmethod
+    def next_free() -> int:
+        descriptor = os.dup(1)
+        os.close(descriptor)
+        return descriptor
+
+    def look(self) -> None:
+        if self.next_free() > self.limit:
+            gc.collect()
+            self.limit = self.next_free() + self.ROOM  # some are still in use
+
+
+descriptors = Descriptors()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    descriptors.look()
 
 
 @pytest.fixture
