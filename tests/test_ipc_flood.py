@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from mini_bhyve.ipc import IpcMessage, IpcOpcode, send_message
 
 # Computes without a pause: add ax, ax; add bx, ax; inc ax; jmp to the first of these.
 BUSY = "01c0 01c3 40 ebf9"
-MEGABYTE = 1 << 20
+# What memory may grow by, in bytes. PyPy compiles what it does often, and collects late.
+GROWTH = (1 if platform.python_implementation() == "CPython" else 64) << 20
 
 needs_proc = pytest.mark.skipif(
     not os.path.exists("/proc/self/schedstat"), reason="the system has no /proc to look into a process"
@@ -86,7 +88,7 @@ def test_a_flooded_vm_runs_on_answers_each_request_once_and_does_not_grow(vm):
     assert_all_answered(vm.flood(1000), 1000)
     assert vm.status()["instructions"] > executed
     assert len(vm.open_files()) == len(files)
-    assert vm.resident() < memory + MEGABYTE
+    assert vm.resident() < memory + GROWTH
     assert os.listdir(vm.run_dir) == ["vm"]
     assert send_message(vm.path, IpcMessage(code=IpcOpcode.POWEROFF)) == {}
     assert vm.exit_code() == 1
@@ -106,7 +108,7 @@ def test_a_vm_runs_at_no_less_than_half_its_speed_while_50_clients_send_it_100_0
     print("speed while flooded, in parts of that before:", " ".join(f"{ratio:.2f}" for ratio in ratios))
     assert statistics.median(ratios) >= 0.5, ratios
     assert len(vm.open_files()) == len(files)
-    assert vm.resident() < memory + MEGABYTE
+    assert vm.resident() < memory + GROWTH
     assert os.listdir(vm.run_dir) == ["vm"]
 
 
