@@ -49,7 +49,6 @@ import contextlib
 import ctypes
 import enum
 import errno
-import fcntl
 import os
 import select
 import signal
@@ -65,6 +64,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Callable, Protocol, Union, runtime_checkable
 
 from mini_bhyve import nvlist
+from mini_bhyve.file_lock import lock_within
 
 BHYVE_RUN_DIR = "/var/run/bhyve/"
 
@@ -354,16 +354,9 @@ def _remove_dead_clients(run_dir: str) -> None:
 def _locked(directory: str) -> Iterator[None]:
     """Nobody else replaces dead sockets here meanwhile: between the look and the unlink() a VM could have come."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    deadline = time.monotonic() + LOCK_TIMEOUT
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:  # whoever may read the directory can lock it, and may be no friend
-                    raise IpcError(f"somebody keeps the run directory {directory} locked") from None
-            time.sleep(0.005)
+        if not lock_within(descriptor, LOCK_TIMEOUT):
+            raise IpcError(f"somebody keeps the run directory {directory} locked")
         yield
     finally:
         os.close(descriptor)  # and with it the lock

@@ -49,11 +49,11 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import BinaryIO, Callable
 
+from mini_bhyve.file_lock import lock_within, try_lock
 from mini_bhyve.snapshot_state import SnapshotError
 
 # Suffixes of the three files, and of a file that is not yet what its name will say.
@@ -67,7 +67,6 @@ READY = ".ready"
 NAMES = (RAM, KERN, META, RAM + UNFINISHED, KERN + UNFINISHED, META + UNFINISHED, META + READY)
 
 LOCK_TIMEOUT = 5.0  # seconds to wait for the lock of the directory, which nobody needs for long
-LOCK_INTERVAL = 0.01  # seconds between two attempts
 
 
 @contextmanager
@@ -166,12 +165,9 @@ class SnapshotFiles:
     @contextmanager
     def _directory_locked(self) -> Iterator[None]:
         """Lock the directory for a short while."""
-        end = time.monotonic() + LOCK_TIMEOUT
         with explained("lock the directory", self.directory_path):
-            while not _try_lock(self.directory):
-                if time.monotonic() >= end:
-                    raise SnapshotError(f"somebody keeps the directory {self.directory_path} locked")
-                time.sleep(LOCK_INTERVAL)
+            if not lock_within(self.directory, LOCK_TIMEOUT):
+                raise SnapshotError(f"somebody keeps the directory {self.directory_path} locked")
         try:
             yield
         finally:
@@ -212,7 +208,7 @@ class SnapshotFiles:
             except FileNotFoundError:  # who wrote it has given up just now
                 return
             try:
-                if not _try_lock(descriptor):
+                if not try_lock(descriptor):
                     raise SnapshotError(f"{self.path} is being written by another process")
             finally:
                 os.close(descriptor)
@@ -283,12 +279,3 @@ class SnapshotFiles:
 def _identity(status: os.stat_result) -> tuple[int, int]:
     """What two names of the same file have in common, and no other file has."""
     return status.st_dev, status.st_ino
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock a file or directory, unless another has it locked; whether that was so. OSError."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
