@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, NoReturn
 
-from mini_bhyve.child import ChildTask
+from mini_bhyve.child import ENDING_SIGNALS, ChildTask
 from mini_bhyve.config import DISK_DEVICES, Config, ConfigError
 from mini_bhyve.console import Console, ConsoleError, open_console
 from mini_bhyve.disk import DiskError
@@ -197,10 +197,6 @@ def somebody_reads(patience: float) -> bool:
 
 
 # --- Signals ----------------------------------------------------------------------------------------------------------
-
-# SIGTERM is how bhyve is asked to press the power button. A closed terminal (SIGHUP) and keys (SIGINT, SIGQUIT, which a
-# raw terminal does not send) mean the same.
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,10 @@ from mini_bhyve.snapshot_state import SnapshotError
 Tell = Callable[[int, int], None]
 Work = Callable[[Tell], None]
 
-ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+# SIGTERM is how bhyve is asked to press the power button. A closed terminal (SIGHUP) and keys (SIGINT, SIGQUIT, which a
+# raw terminal does not send) mean the same.
+ENDING_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
+STANDARD = (0, 1, 2)  # the descriptors of standard input, output and error
 TELL_INTERVAL = 0.1  # seconds between two lines of progress
 MAX_DESCRIPTORS = 1 << 16  # a limit on open files may be a thousand million, but a VM has a handful
 
@@ -159,7 +162,8 @@ def _be_the_child(writer: BinaryIO, work: Work, descriptors: tuple[int, ...], ni
         # What is collected here would be the parent's: a socket object, say, whose descriptor has another meaning here.
         gc.disable()
         os.nice(nice)
-        _close_all_but({writer.fileno(), *descriptors})
+        _lead_standard_descriptors_nowhere()
+        close_all_but({*STANDARD, writer.fileno(), *descriptors})
         told_at = 0.0
 
         def tell(done: int, total: int) -> None:
@@ -180,16 +184,21 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _close_all_but(kept: set[int]) -> None:
-    """Close all descriptors but these, and have the standard ones lead nowhere: who reads a pipe waits for its end."""
+def _lead_standard_descriptors_nowhere() -> None:
+    """Who reads a pipe waits for its end, and we are not to keep it open."""
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in range(3):
+    for standard in STANDARD:
         os.dup2(nowhere, standard)
+
+
+def close_all_but(kept: set[int]) -> None:
+    """Close all descriptors but these: what a child process has of its parent, it would keep open."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = MAX_DESCRIPTORS if limit == resource.RLIM_INFINITY else min(limit, MAX_DESCRIPTORS)
-    edges = [2, *sorted(kept), limit]
+    edges = [-1, *sorted(kept), limit]
     for before, after in zip(edges, edges[1:]):
-        os.closerange(before + 1, after)
+        if before + 1 < after:  # CPython takes closerange(0, 0) for all there are
+            os.closerange(before + 1, after)
 
 
 def _outcome(work: Work, tell: Tell) -> str:

@@ -33,6 +33,8 @@ import termios
 import threading
 from typing import Callable, NoReturn
 
+from mini_bhyve.child import close_all_but
+
 ESCAPE = 0x01  # Ctrl-A
 
 HELP = (
@@ -169,10 +171,6 @@ class DescriptorConsole(Console):
 # The local modes of a cooked terminal: echo, editing of the line, and keys that raise signals.
 COOKED = termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG
 
-# The guard closes the descriptors below this one. The limit of the process may be a thousand million, but when a VM
-# starts it has a handful of descriptors, and they are the lowest.
-DESCRIPTORS = 1024
-
 
 class Guard:
     """A second process, which restores the terminal if ours dies before it can: of SIGKILL, SIGSEGV, a SIGUSR1.
@@ -206,9 +204,7 @@ class Guard:
             # A session of its own, because a shell's `kill -KILL %1` is for the VM's whole process group.
             os.setsid()
             # What the VM has open must not stay open through us: a reader of its output waits for the end.
-            for fd in set(range(DESCRIPTORS)) - {pipe_fd, terminal_fd}:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+            close_all_but({pipe_fd, terminal_fd})
             mode = None
             with open(pipe_fd, "rb") as told:
                 for line in told:
