@@ -322,13 +322,15 @@ class Machine:
                         self.pause.checkpoint_cpu_resume(0)
                 if not self.confirmed:
                     raise Ended
-            self.uart.before_output = lambda: None
-            for image in self.images.values():
-                image.before_write = lambda: None
+            self.before_anything_leaves(lambda: None)
 
-        self.uart.before_output = wait
+        self.before_anything_leaves(wait)
+
+    def before_anything_leaves(self, act: Callable[[], None]) -> None:
+        """From now on, `act` is called before each byte for the console and each write to a disk."""
+        self.uart.before_output = act
         for image in self.images.values():
-            image.before_write = wait
+            image.before_write = act
 
     # --- Loading the first program ----------------------------------------------------------------------------------
 

@@ -19,9 +19,10 @@ Difference = dict[str, Any]  # "before" and "after", or only one of them
 
 def compare(before: StoppedVm, after: StoppedVm) -> dict[str, Any]:
     """All that differs, as numbers, text, bytes, lists and dictionaries."""
+    parts_before, parts_after = before.parts(), after.parts()
     parts = {
-        name: differences(before.parts().get(name, {}), after.parts().get(name, {}))
-        for name in {**before.parts(), **after.parts()}
+        name: differences(parts_before.get(name, {}), parts_after.get(name, {}))
+        for name in {**parts_before, **parts_after}
     }
     size = min(before.memory.size, after.memory.size)
     changed = changed_pages(before, after, size)

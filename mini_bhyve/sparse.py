@@ -23,7 +23,8 @@ import sys
 from collections.abc import Iterator
 from typing import Callable
 
-PAGE_SIZE = 4096
+from mini_bhyve.memory import PAGE_SIZE
+
 CHUNK_SIZE = 1 << 20
 ZEROS = bytes(CHUNK_SIZE)
 

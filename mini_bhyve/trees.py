@@ -149,20 +149,6 @@ class FlatOperand(op.Memory):
         self.cpu.store(self.address(), value, self.width)
 
 
-class SegmentedOperand(op.Memory):
-    """Memory in another segment."""
-
-    __slots__ = ()
-
-    @property
-    def value(self):
-        return self.cpu.load_segment_memory(self.segment, self.address(), self.width)
-
-    @value.setter
-    def value(self, value):
-        self.cpu.store_segment_memory(self.segment, self.address(), value, self.width)
-
-
 class Reader(MemoryAccess):
     """What definitions take for the processor: it knows the mode, and otherwise notes what they do.
 
@@ -273,7 +259,7 @@ class Reader(MemoryAccess):
         if isinstance(argument, op.PartOfRegister):
             return type(argument)(self.operand_of[id(argument.whole)], argument.width)
         if isinstance(argument, op.Memory):
-            kind: Any = FlatOperand if isinstance(argument, op.FlatMemory) else SegmentedOperand
+            kind: Any = FlatOperand if isinstance(argument, op.FlatMemory) else op.SegmentedMemory
             base, index = self.operand_of[id(argument.base)], self.operand_of[id(argument.index)]
             return kind(
                 self, argument.width, argument.segment, base, index, argument.scale, argument.displacement,
