@@ -86,13 +86,10 @@ WRITING_TIME = 2.0  # seconds
 SNAPSHOT_SIZE = 64 << 20
 
 
-class Writing:
-    """The answer to a request for a snapshot that takes WRITING_TIME; `complete` is called when it is there."""
+class PipeAnswer:
+    """What an answer that takes its time (ipc.Pending) has of a pipe: when it is there, there is something to read."""
 
-    def __init__(self, file: str, complete: Callable[[], None]) -> None:
-        self.file, self.complete, self.began = file, complete, time.monotonic()
-        self.reader, writer = os.pipe()
-        threading.Timer(WRITING_TIME, os.close, [writer]).start()  # the end of the file is there to be read
+    reader: int
 
     def fileno(self) -> int:
         return self.reader
@@ -102,6 +99,15 @@ class Writing:
 
     def wait(self) -> None:
         select.select([self.reader], [], [])
+
+
+class Writing(PipeAnswer):
+    """The answer to a request for a snapshot that takes WRITING_TIME; `complete` is called when it is there."""
+
+    def __init__(self, file: str, complete: Callable[[], None]) -> None:
+        self.file, self.complete, self.began = file, complete, time.monotonic()
+        self.reader, writer = os.pipe()
+        threading.Timer(WRITING_TIME, os.close, [writer]).start()  # the end of the file is there to be read
 
     def answer(self) -> None:
         os.close(self.reader)

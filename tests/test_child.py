@@ -9,16 +9,10 @@ import sys
 import time
 
 import pytest
+from vm_tools import wait_until
 
 from mini_bhyve.child import ChildTask
 from mini_bhyve.snapshot_state import SnapshotError
-
-
-def wait_for(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def shared_memory():
@@ -32,7 +26,7 @@ def test_the_child_sees_private_memory_as_it_was_and_the_parent_does_not_wait():
     seen, go = shared_memory(), shared_memory()
 
     def work(tell):
-        wait_for(lambda: go[0])
+        wait_until(lambda: go[0])
         seen[:6] = private[:6]
         private[:6] = b"child "
 
@@ -117,10 +111,10 @@ def test_progress_arrives_while_the_child_works():
 
     def work(tell):
         tell(5, 10)
-        wait_for(lambda: go[0])
+        wait_until(lambda: go[0])
 
     task = ChildTask("count", work)
-    wait_for(lambda: task.finished() or task.done)
+    wait_until(lambda: task.finished() or task.done)
     assert (task.done, task.total, task.finished()) == (5, 10, False)
     assert not task.wait(0.01)
     go[0] = 1
@@ -165,7 +159,7 @@ def test_the_child_keeps_no_descriptor_open_but_those_it_needs(tmp_path):
 
         def work(tell):
             os.write(needed.fileno(), b"written")
-            wait_for(lambda: go[0])
+            wait_until(lambda: go[0])
 
         task = ChildTask("wait", work, (needed.fileno(),))
         one.close()
@@ -212,4 +206,4 @@ ChildTask("write", work)
 os.kill(parent, signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == -signal.SIGKILL
-    wait_for((tmp_path / "written").exists)
+    wait_until((tmp_path / "written").exists)

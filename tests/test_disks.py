@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from protected_guest import assemble
 from snapshot_machine import checkpoint
-from vm_tools import Typist, assert_same_state, configured, run_bhyve, run_to, single_step
+from vm_tools import Typist, assert_same_state, close_disks, configured, run_bhyve, run_to, single_step
 
 from mini_bhyve.config import ConfigError
 from mini_bhyve.disk import DiskError, DiskImage
@@ -82,11 +82,6 @@ def booted(images: list[Path]) -> Machine:
     vm = machine(images)
     vm.load()
     return vm
-
-
-def close(vm: Machine) -> None:
-    for image in vm.images.values():
-        image.close()
 
 
 # ---- Images
@@ -238,7 +233,7 @@ def test_three_disks_are_too_many(images):
 def undisturbed(images: list[Path]) -> Machine:
     vm = booted(images)
     run_to(vm)
-    close(vm)
+    close_disks(vm)
     assert vm.exit_code == ExitCode.HALT and vm.console.output == b"K"
     assert images[1].read_bytes() == COPIED
     return vm
@@ -256,7 +251,7 @@ def test_a_vm_suspended_with_a_command_in_flight_goes_on_as_if_nothing_had_been(
     images[1].write_bytes(SLAVE)
     vm = booted(images)
     single_step(vm, reference.cpu.retired, note)
-    close(vm)
+    close_disks(vm)
     assert len(instants) > 12
     for instant in sorted({first + more for first in instants.values() for more in (0, 1, 40)}):
         images[1].write_bytes(SLAVE)
@@ -268,7 +263,7 @@ def test_a_vm_suspended_with_a_command_in_flight_goes_on_as_if_nothing_had_been(
         vm = machine(images, snapshot.ram)
         snapshot.restore(vm)
         run_to(vm)
-        close(vm)
+        close_disks(vm)
         assert (vm.exit_code, printed + vm.console.output) == (ExitCode.HALT, b"K")
         assert_same_state(vm, reference)
         assert images[1].read_bytes() == COPIED
@@ -317,7 +312,7 @@ def test_a_snapshot_wants_disks_of_the_same_size_in_the_same_slots_wherever_thei
             load_snapshot(str(tmp_path / "vm.ckp")).restore(vm)
             run_to(vm)
             assert images[1].read_bytes() == COPIED
-        close(vm)
+        close_disks(vm)
 
 
 @pytest.mark.parametrize("device", ["ide", "virtio-blk"])

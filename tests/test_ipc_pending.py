@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, Callable
 
 import pytest
+from fake_vm import PipeAnswer
 from vm_tools import wait_until
 
 from mini_bhyve import ipc, nvlist
@@ -24,7 +25,7 @@ from mini_bhyve.ipc import MAX_WAITING, IpcError, IpcMessage, IpcOpcode, init_ip
 ENDED = {"error": "VM 'vm' has ended"}
 
 
-class Slow:
+class Slow(PipeAnswer):
     """An answer that is there when the test says so; an IpcError is a refusal."""
 
     def __init__(self) -> None:
@@ -34,15 +35,6 @@ class Slow:
     def finish(self, outcome: Any = None) -> None:
         self.outcome = outcome
         os.write(self.writer, b"x")
-
-    def fileno(self) -> int:
-        return self.reader
-
-    def finished(self) -> bool:
-        return bool(select.select([self.reader], [], [], 0)[0])
-
-    def wait(self) -> None:
-        select.select([self.reader], [], [])
 
     def answer(self) -> dict[str, Any] | None:
         if isinstance(self.outcome, Exception):
@@ -329,11 +321,8 @@ def test_a_process_that_a_handler_forks_does_not_keep_the_socket_of_a_killed_vm_
     assert is_alive(path)
     vm.kill()
     vm.wait()
-    end = time.monotonic() + 20
-    while is_alive(path) and time.monotonic() < end:  # until the child has closed what it does not need
-        time.sleep(0.01)
+    wait_until(lambda: not is_alive(path))  # the child has closed what it does not need
     os.kill(child, 0)  # it is there
-    assert not is_alive(path)
     init_ipc("vm", run_dir, {}).close()
 
 

@@ -25,7 +25,19 @@ from pathlib import Path
 
 import pytest
 from snapshot_machine import COMPLETE, checkpoint
-from vm_tools import ROOT, Typist, Vm, assert_same_state, boot, configured, ctl, restore, run_to, wait_until
+from vm_tools import (
+    ROOT,
+    Typist,
+    Vm,
+    assert_same_state,
+    boot,
+    close_disks,
+    configured,
+    ctl,
+    restore,
+    run_to,
+    wait_until,
+)
 
 import mini_bhyve.__main__
 from mini_bhyve import ipc, snapshot
@@ -371,7 +383,7 @@ def test_a_restored_vm_is_never_saved_in_the_middle_of_an_instruction(tmp_path, 
         checkpoint(machine, tmp_path / f"{number}.ckp")  # while the vCPU comes to the first byte that goes out
         machine.stop(ExitCode.POWEROFF, "")
         wait_until(lambda machine=machine: not machine.pause.vcpus_active)
-        close(machine)
+        close_disks(machine)
         loaded = load_snapshot(str(tmp_path / f"{number}.ckp"))
         (tmp_path / "disk.img").write_bytes(bytes(4096))
         reference = Machine(machine.config, Typist(b""))
@@ -380,7 +392,7 @@ def test_a_restored_vm_is_never_saved_in_the_middle_of_an_instruction(tmp_path, 
         between = [{part.name: save_state(part) for part in (reference.cpu, reference.uart, reference.ide)}]
         reference.advance_devices()  # which may have been done, or be about to be
         between += [{part.name: save_state(part) for part in (reference.cpu, reference.uart, reference.ide)}]
-        close(reference)
+        close_disks(reference)
         assert {name: {**loaded.kern_structs, **loaded.devices}[name] for name in between[0]} in between
 
 
@@ -426,11 +438,6 @@ def with_disk(disk: Path, changed_disks: str = "false") -> Machine:
     return Machine(config, Typist(b""))
 
 
-def close(machine: Machine) -> None:
-    for image in machine.images.values():
-        image.close()
-
-
 def restored_with(disk: Path, path: Path, changed_disks: str = "false") -> None:
     machine = with_disk(disk, changed_disks)
     loaded = load_snapshot(str(path))
@@ -438,7 +445,7 @@ def restored_with(disk: Path, path: Path, changed_disks: str = "false") -> None:
         loaded.restore(machine)
         loaded.begin_verification(machine).check()
     finally:
-        close(machine)
+        close_disks(machine)
 
 
 def test_a_disk_with_other_contents_is_refused_and_named_unless_the_user_says_otherwise(disk, tmp_path):
@@ -469,7 +476,7 @@ def test_what_the_guest_writes_right_behind_a_checkpoint_makes_its_disk_another_
         begun = vm_checkpoint(machine, str(path), stop_vm=False)
         machine.images[1].write(0, b"\1" * 512)  # at the first behind it
         begun.complete()
-        close(machine)
+        close_disks(machine)
         with pytest.raises(SnapshotError, match="had other contents than"):
             restored_with(disk, path)
 
@@ -487,7 +494,7 @@ def test_a_disk_whose_time_was_put_back_is_known_to_have_changed(disk, tmp_path)
 def test_a_disk_that_does_not_change_while_it_is_saved_is_known_by_its_contents(disk, tmp_path):
     machine = with_disk(disk)
     checkpoint(machine, tmp_path / "vm.ckp")
-    close(machine)
+    close_disks(machine)
     os.utime(disk, (1, 1))
     restored_with(disk, tmp_path / "vm.ckp")
 

@@ -102,20 +102,25 @@ def model(start: int, code: bytes) -> tuple[list[int], dict[int, int]]:
 COUNTERS = (0, 3, 0, 0, 0xA000, 0, 0, 0)  # ECX counts the rounds
 
 
+def rewriting_case(start: int, code: bytes) -> Case:
+    """Such a program on its two pages, with paging on."""
+    directory, table = TABLES
+    entries = b"".join((PAGES[page] << 12 | 0x67).to_bytes(4, "little") for page in sorted(PAGES))
+    first = (FIRST + 1 << 12) - start
+    memory = (
+        (directory, (table | 0x67).to_bytes(4, "little")), (table, entries),
+        (FIRST << 12 | start & 0xFFF, code[:first]), (SECOND << 12, code[first:]),
+    )  # fmt: skip
+    controls = CR0_PG | CR0_PE | CR0_ET, directory, 0, 0
+    return Case("flat32", code, COUNTERS, 2, memory, 10_000, False, start, controls)
+
+
 def test_code_that_rewrites_itself_runs_as_it_stands_at_each_instruction():
     ours = Ours(WORLDS["flat32"])
     rng = random.Random("rewriting")
-    directory, table = TABLES
-    entries = b"".join((PAGES[page] << 12 | 0x67).to_bytes(4, "little") for page in sorted(PAGES))
     for _ in range(REWRITERS):
         start, code = rewriting_program(rng)
-        first = (FIRST + 1 << 12) - start
-        memory = (
-            (directory, (table | 0x67).to_bytes(4, "little")), (table, entries),
-            (FIRST << 12 | start & 0xFFF, code[:first]), (SECOND << 12, code[first:]),
-        )  # fmt: skip
-        controls = CR0_PG | CR0_PE | CR0_ET, directory, 0, 0
-        case = Case("flat32", code, COUNTERS, 2, memory, 10_000, False, start, controls)
+        case = rewriting_case(start, code)
         outcome = ours.run(case)
         registers, ram = model(start, code)
         assert list(outcome.registers) == registers, case

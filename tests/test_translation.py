@@ -17,7 +17,7 @@ pytest.importorskip("unicorn")  # the worlds are shared with it
 
 from random_instructions import Generator, Unfit, forms
 from random_pages import with_pages
-from test_self_modifying_code import COUNTERS, FIRST, PAGES, SECOND, TABLES, machine, model, rewriting_program
+from test_self_modifying_code import COUNTERS, machine, model, rewriting_case, rewriting_program
 from unicorn_tools import CODE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, WORLDS, Case, Ours, Outcome, World
 from vm_tools import assert_same_state, boot, configured, loaded, run_to
 
@@ -26,7 +26,6 @@ from mini_bhyve.cpu import Cpu
 from mini_bhyve.decode import COLD
 from mini_bhyve.faults import VmExit
 from mini_bhyve.instructions import DEFINITIONS
-from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG
 from mini_bhyve.trees import Reader
 
 TRIES = 1  # of each instruction in each world
@@ -128,17 +127,9 @@ def test_loops_do_the_same_translated_wherever_they_are_stopped(world, loops=LOO
 
 def test_code_that_rewrites_itself_runs_as_it_stands_also_if_it_was_translated():
     pair, rng = Pair(WORLDS["flat32"]), random.Random("rewriting translated")
-    directory, table = TABLES
-    entries = b"".join((PAGES[page] << 12 | 0x67).to_bytes(4, "little") for page in sorted(PAGES))
     for _ in range(LOOPS // 3):
         start, code = rewriting_program(rng)
-        first = (FIRST + 1 << 12) - start
-        memory = (
-            (directory, (table | 0x67).to_bytes(4, "little")), (table, entries),
-            (FIRST << 12 | start & 0xFFF, code[:first]), (SECOND << 12, code[first:]),
-        )  # fmt: skip
-        controls = CR0_PG | CR0_PE | CR0_ET, directory, 0, 0
-        case = Case("flat32", code, COUNTERS, 2, memory, 10_000, False, start, controls)
+        case = rewriting_case(start, code)
         pair.compare(case, [*(rng.randrange(1, 60) for _ in range(20)), 10_000])
         registers = pair.translated.cpu.regs[: len(COUNTERS)]
         assert [register.value for register in registers] == model(start, code)[0], case

@@ -69,6 +69,12 @@ def restore(path: str, typed: bytes) -> Machine:
     return machine
 
 
+def close_disks(machine: Machine) -> None:
+    """Let another machine have them."""
+    for image in machine.images.values():
+        image.close()
+
+
 _cpu_run = Cpu.run
 
 
