@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mini_bhyve.debug import Debug
 
 
-class MemoryAccess:
+class MemoryAccess(fl.FlagsRegister):
     """The part of the `Cpu` that loads and stores."""
 
     __slots__ = ()
@@ -36,7 +36,6 @@ class MemoryAccess:
     segments: list[seg.Segment]
     cpl: int
     cr0: int
-    system_flags: int
     code_size: int  # 16, 32 or 64: the mode
     linear_mask: int  # how wide linear addresses are
     stack_mask: int  # how much of RSP counts

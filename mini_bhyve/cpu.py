@@ -33,6 +33,7 @@ from mini_bhyve.operands import MASKS, RAX, RDX, Operand, Register, general_regi
 from mini_bhyve.paging import (
     CR0_LOADS_PDPTES,
     CR4_LOADS_PDPTES,
+    FETCH,
     PAGING_PAE,
     PHYSICAL_BITS,
     SMAP_OVERRIDE,
@@ -67,7 +68,7 @@ class Cpu(MemoryAccess):
 
     __slots__ = (
         "_system_flags", "acknowledge_interrupt", "attention", "bytes8", "claim_x87", "clock", "code",
-        "code_cache", "code_limit", "code_size", "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer",
+        "code_cache", "code_limit", "code_size", "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer", "fetched",
         "flags", "flat_stack", "fpu", "gdtr_base", "gdtr_limit", "halted", "idtr_base", "idtr_limit",
         "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode",
         "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "read_words", "regs", "retired",
@@ -87,7 +88,7 @@ class Cpu(MemoryAccess):
         self.clock = Clock(lambda: self.instructions)
         self.debug = Debug()
         self.code_cache = CodeCache(self)
-        memory.device_accessed = self.device_accessed
+        memory.device_written = self.device_written
         # How an interrupt controller is asked for its vector; the machine connects one.
         self.acknowledge_interrupt: Callable[[], int] = lambda: 0
         self.interrupt_line = False  # the INTR pin
@@ -141,11 +142,6 @@ class Cpu(MemoryAccess):
         self.update_debug()
         self.update_paging()
 
-    @property
-    def eflags(self) -> int:
-        """The EFLAGS register, all of it."""
-        return self.system_flags | fl.ALWAYS_ONE | fl.arithmetic_flags(self.flags)
-
     def write_eflags(self, value: int, writable: int = 0xFFFFFFFF) -> None:
         """Set EFLAGS; bits not in `writable`, other than the arithmetic ones, stay as they are."""
         writable &= fl.SYSTEM
@@ -153,7 +149,7 @@ class Cpu(MemoryAccess):
         self.flags = (fl.EXPLICIT, value & fl.ARITHMETIC, 0, 0, 32)
         self.attention = True  # IF or TF may have changed what is due next
 
-    @property
+    @property  # type: ignore[override]
     def system_flags(self) -> int:
         """EFLAGS but for the arithmetic ones and the bit that is always 1."""
         return self._system_flags
@@ -165,10 +161,9 @@ class Cpu(MemoryAccess):
         if changed & fl.AC:
             self.update_user_access()
 
-    @property
-    def iopl(self) -> int:
-        """The privilege level (0 to 3) that may still use I/O instructions, CLI and STI."""
-        return self.system_flags >> 12 & 3
+    def change_system_flags(self, cleared: int, then_set: int) -> None:
+        """Change single ones."""
+        self.system_flags = self.system_flags & ~cleared | then_set
 
     @property
     def protected_mode(self) -> bool:
@@ -213,7 +208,7 @@ class Cpu(MemoryAccess):
         self.linear_mask = MASKS[64] if self.code_size == 64 else MASKS[32]
         self.flat_stack = (ss.flat or self.code_size == 64) and self.stack_mask > 0xFFFF
         self.mode = Mode(
-            self.code_size, self.stack_mask, flat, self.cpl == 3, code_base, self.code_limit, not self.protected_mode,
+            self.code_size, self.stack_mask, flat, self.cpl, code_base, self.code_limit, not self.protected_mode,
             self.long_mode,
         )  # fmt: skip
         self.update_user_access()
@@ -232,6 +227,7 @@ class Cpu(MemoryAccess):
         else:
             self.user_access = SMAP_OVERRIDE if self.cr4 & CR4_SMAP and self.system_flags & fl.AC else 0
         mmu, whose = self.mmu, self.user_access
+        self.fetched = mmu.known[FETCH | whose]
         self.read_tlb, self.write_tlb = mmu.read_tlb[whose], mmu.write_tlb[whose]
         self.read_words, self.write_words = mmu.read_words[whose], mmu.write_words[whose]
 
@@ -500,8 +496,8 @@ class Cpu(MemoryAccess):
         if target > self.code_limit or (self.code_size == 64 and not is_canonical(target)):
             raise general_protection()
 
-    def device_accessed(self) -> None:
-        """The running instruction has to do with a device in memory, which may change what is due next: as IN, OUT."""
+    def device_written(self) -> None:
+        """The running instruction has written to a device in memory, which may change what is due next: as IN, OUT."""
         self.attention = True
         self.code_cache.end_running()
 

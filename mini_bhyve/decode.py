@@ -39,7 +39,7 @@ class Mode(NamedTuple):
     code_size: int  # 16, 32 or 64: the default operand and address size
     stack_mask: int  # which bits of RSP a stack operation uses
     flat: bool  # ES, SS and DS are flat: they need no checks
-    user: bool  # CPL is 3
+    cpl: int  # the privilege level
     code_base: int  # base of CS
     code_limit: int  # the highest offset in CS
     real: bool  # real or virtual-8086 mode

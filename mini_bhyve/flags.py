@@ -44,6 +44,25 @@ FlagSource = tuple[int, int, int, int, int]
 EVEN_PARITY = 0b1001_0110_0110_1001
 
 
+class FlagsRegister:
+    """EFLAGS, of a processor that has the arithmetic flags as a source, and the others as they stand there."""
+
+    __slots__ = ()
+
+    flags: FlagSource
+    system_flags: int
+
+    @property
+    def eflags(self) -> int:
+        """The whole register."""
+        return self.system_flags | ALWAYS_ONE | arithmetic_flags(self.flags)
+
+    @property
+    def iopl(self) -> int:
+        """The privilege level (0 to 3) that may still use I/O instructions, CLI and STI."""
+        return self.system_flags >> 12 & 3
+
+
 def zero(flags):
     """ZF: the result is zero."""
     kind, a, _, result, _ = flags

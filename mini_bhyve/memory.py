@@ -41,7 +41,7 @@ class MappedDevice(Protocol):
     """What a device with registers in memory has: bhyve's struct mem_range. Addresses are absolute, sizes in bytes.
 
     An access lies within one page, and may be of any size from 1 to 8: what the device does not take, it ignores, and
-    answers with ones.
+    answers with ones. A read changes nothing: so only a write makes the processor look what is due next.
     """
 
     @property
@@ -103,8 +103,8 @@ class GuestMemory:
         self.words64 = self.bytes8.cast("Q")
         self.rom_size = 0
         self.devices: dict[int, MappedDevice] = {}  # by frame
-        # What is told of each access to a device; the processor connects it.
-        self.device_accessed: Callable[[], None] = lambda: None
+        # What is told of each write to a device; the processor connects it.
+        self.device_written: Callable[[], None] = lambda: None
         # The A20 gate: off, address bit 20 is stuck at 0, so that the megabyte wraps round as it did on the 8086.
         self.a20_mask = -1
 
@@ -157,7 +157,6 @@ class GuestMemory:
         device = self.devices.get(address >> 12)
         if device is None or length > WIDEST:
             return b"\xff" * length
-        self.device_accessed()
         return device.read_memory(address, length).to_bytes(length, "little")
 
     def write(self, address: int, data: bytes) -> None:
@@ -169,7 +168,7 @@ class GuestMemory:
             return
         device = self.devices.get(address >> 12)
         if device is not None and len(data) <= WIDEST:
-            self.device_accessed()
+            self.device_written()
             device.write_memory(address, int.from_bytes(data, "little"), len(data))
 
     def set_a20(self, enabled: bool) -> None:

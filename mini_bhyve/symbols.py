@@ -330,7 +330,7 @@ def strip(value: Value, mask: int, levels: int = 4) -> Value:
             if not isinstance(turned, Symbol) and turned & mask == sign == b & mask:
                 return strip(inner, mask, levels - 1)  # `signed`: the sign turned, and back
         stripped = (strip(a, mask, levels - 1), strip(b, mask, levels - 1) if isinstance(b, Symbol) else b)
-        if not _same(stripped, value.operands):
+        if not all(map(same, stripped, value.operands)):
             return {"+": add, "-": subtract, "*": multiply}[value.operation](*stripped)
     elif value.operation == "neg":
         inner = strip(value.operands[0], mask, levels - 1)
@@ -339,8 +339,9 @@ def strip(value: Value, mask: int, levels: int = 4) -> Value:
     return value
 
 
-def _same(a: tuple[Value, ...], b: tuple[Value, ...]) -> bool:
-    return all(x is y if isinstance(x, Symbol) or isinstance(y, Symbol) else x == y for x, y in zip(a, b))
+def same(a: Value, b: Value) -> bool:
+    """Whether two values are one symbol, or equal numbers."""
+    return a is b if isinstance(a, Symbol) or isinstance(b, Symbol) else a == b
 
 
 def bit_or(a: Value, b: Value) -> Value:
@@ -427,8 +428,10 @@ def compare(name: str, a: Value, b: Value) -> Value:
     if not isinstance(b, Symbol):
         if a.ones >= 0 and not 0 <= b <= a.ones:  # the answer does not depend on it
             return OPERATIONS[name].function(0, b) if b < 0 else OPERATIONS[name].function(a.ones, b)
+        if a.ones >= 0 and b == 0 and name in ("<", ">="):
+            return name == ">="
         if b == 0 and name in ("==", "!="):
-            if a.operation == "choose" and _same(a.operands[1:], (1, 0)):
+            if a.operation == "choose" and all(map(same, a.operands[1:], (1, 0))):
                 a = a.operands[0]
                 assert isinstance(a, Symbol)
             if a.condition:

@@ -82,10 +82,12 @@ from mini_bhyve.symbols import (
 )  # fmt: skip
 from mini_bhyve.trees import (
     BASE,
+    DEVICE,
     INTERPRETED,
     NAMES_32,
     NAMES_64,
     READABLE_TO,
+    SYSTEM_FLAGS,
     WRAPS,
     WRITABLE_TO,
     Branch,
@@ -95,6 +97,7 @@ from mini_bhyve.trees import (
     Keep,
     Load,
     Moment,
+    OtherPage,
     Reader,
     Store,
     Tree,
@@ -166,7 +169,7 @@ class Writer:
             self.line(1, f"{name} = {name.upper()}.value")
         if flags:
             self.line(1, f"{', '.join(FLAG_NAMES)} = cpu.flags")
-        for name in ("read_tlb", "write_tlb", "read_words", "write_words", *ARRAYS.values()):
+        for name in ("fetched", "read_tlb", "write_tlb", "read_words", "write_words", *ARRAYS.values()):
             if name in used:
                 self.line(1, f"{name} = cpu.{name}")
         for index, name in enumerate(seg.SEGMENT_NAMES):
@@ -312,6 +315,8 @@ class Writer:
             elif isinstance(item, Guard):
                 self.name_parts(item.condition, indent, scope)
                 self.line(indent, f"if {self.truth(negate(item.condition), scope)}: raise KeyError", item)
+            elif isinstance(item, OtherPage):
+                self.line(indent, f"if fetched[{hex(item.page)}] != {hex(item.difference)}: raise KeyError", item)
             elif isinstance(item, Branch):
                 self.name_parts(item.condition, indent, scope)
                 self.line(indent, f"if {self.truth(item.condition, scope)}:")
@@ -340,6 +345,11 @@ class Writer:
         return address, element, trailing_zeros(item.address) >= shift
 
     def write_load(self, item: Load, indent: int, scope: Scope) -> None:
+        if item.from_device:
+            self.name_parts(item.address, indent, scope)
+            address, left = self.text(item.address, scope), f"left - {item.moment.done}"
+            self.line(indent, f"{item.variable.name} = load_device({address}, {item.width // 8}, {left})", item)
+            return
         address, element, aligned = self.place(item, "read", indent, scope)
         if not aligned:
             size = item.width // 8
@@ -436,6 +446,21 @@ class Translation:
                 block.translation, block.heat = None, heat
 
 
+class SystemFlags:
+    """The system flags as a register like others."""
+
+    def __init__(self, cpu: Cpu):
+        self.cpu = cpu
+
+    @property
+    def value(self) -> int:
+        return self.cpu.system_flags
+
+    @value.setter
+    def value(self, value: int) -> None:
+        self.cpu.system_flags = value
+
+
 class Translator:
     """The translations of one CPU."""
 
@@ -447,6 +472,7 @@ class Translator:
         self.translations: dict[int, Translation] = {}  # by the identity of their code
         self.names: dict[str, Any] = {
             "cpu": cpu,
+            "load_device": self.load_device,
             "load_unaligned": self.load_unaligned,
             "store_unaligned": self.store_unaligned,
             "INC": fl.INC,
@@ -459,6 +485,7 @@ class Translator:
         }
         for names in (NAMES_32, NAMES_64):
             self.names.update({name.upper(): register for name, register in zip(names, cpu.regs)})
+        self.names[SYSTEM_FLAGS.upper()] = SystemFlags(cpu)
 
     def configure(self, enabled: bool, dump_directory: str | None) -> None:
         """What the user wants. Raises OSError if there can be no such directory."""
@@ -531,7 +558,8 @@ class Translator:
         item = translation.items[traceback.tb_lineno - 1]
         moment: Moment = item.moment
         names: dict[str, Any] = dict(zip(FLAG_NAMES, cpu.flags))
-        names.update((first.name, real.value) for first, real in zip(translation.reader.first_registers, cpu.regs))
+        homes = [self.names[first.name.upper()] for first in translation.reader.first_registers]
+        names.update((first.name, home.value) for first, home in zip(translation.reader.first_registers, homes))
         names.update(traceback.tb_frame.f_locals)
         known: dict[int, Any] = {}
         registers = [evaluate(value, names, known) for value in moment.registers]
@@ -539,8 +567,8 @@ class Translator:
             cpu.flags = whole_source(*(names[name] for name in FLAG_NAMES))
         else:
             cpu.flags = tuple(evaluate(value, names, known) for value in moment.flags)
-        for register, value in zip(cpu.regs, registers):
-            register.value = value
+        for home, value in zip(homes, registers):
+            home.value = value
         cpu.ip = moment.ip
         cpu.retired -= names["left"] - moment.done
         difficulty = self.difficulty(item, names, known)
@@ -551,13 +579,15 @@ class Translator:
         """Why the instruction was not translated so that it works; None if it will, once the page is in the TLB."""
         if isinstance(item, Guard):
             return INTERPRETED
+        if isinstance(item, OtherPage):
+            return INTERPRETED if item.page in self.cpu.fetched else None
         address = evaluate(item.address, names, known)
         if not 0 <= address <= self.cpu.linear_mask:
             return WRAPS
         access = (WRITE if isinstance(item, Store) else READ) | self.cpu.user_access
-        if address & item.width // 8 - 1 or address >> 12 in self.cpu.mmu.known[access]:
-            return INTERPRETED
-        return None
+        if not address & item.width // 8 - 1 and address >> 12 not in self.cpu.mmu.known[access]:
+            return None
+        return DEVICE if isinstance(item, Load) and not item.from_device else INTERPRETED
 
     def note_trouble(self, translation: Translation, ip: int, difficulty: str) -> None:
         """If that happens often it would be better to translate this instruction otherwise, or not at all."""
@@ -605,7 +635,21 @@ class Translator:
             text = describe(insn) if insn else "?"
             yield ip, f"{ip:08x}  {window.hex():22} {text}"
 
-    # --- Data that do not lie at a multiple of their size -----------------------------------------------------------
+    # --- Data that are not in RAM, or do not lie at a multiple of their size ----------------------------------------
+
+    def load_device(self, address: int, size: int, left: int) -> int:
+        """What the interpreter would load from an address that the TLB knows, and be it a device's; else KeyError.
+
+        The device is shown the instruction count, `left` less than after all, for it may want to know the time.
+        """
+        cpu = self.cpu
+        place = cpu.mmu.known[READ | cpu.user_access][address >> 12] + address
+        if address & size - 1 or address >> 12 in cpu.mmu.watched_pages:
+            raise KeyError(address)
+        cpu.retired -= left
+        data = cpu.memory.read(place, size)
+        cpu.retired += left
+        return int.from_bytes(data, "little")
 
     def load_unaligned(self, tlb: dict[int, int], address: int, size: int) -> int:
         """As in `MemoryAccess.load`; KeyError if that is for the interpreter."""

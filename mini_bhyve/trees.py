@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mini_bhyve import flags as fl
 from mini_bhyve import operands as op
 from mini_bhyve import segmentation as seg
 from mini_bhyve.access import MemoryAccess
@@ -27,7 +28,7 @@ from mini_bhyve.decode import Block, Mode, Step
 from mini_bhyve.faults import GuestFault
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.operands import MASKS
-from mini_bhyve.symbols import Name, Symbol, Untranslatable, Value, flags_at_the_beginning, negate
+from mini_bhyve.symbols import Name, Symbol, Untranslatable, Value, flags_at_the_beginning, negate, same
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
@@ -43,14 +44,17 @@ NEARBY = 1 << 20  # bytes: a constant in an address that is less negative than t
 # is -1 if there is none, or if the segment grows downwards, so that more would have to be checked.
 BASE, READABLE_TO, WRITABLE_TO = "_base", "_readable_to", "_writable_to"
 
-# How an instruction is to be read that has made trouble: not at all, or so that its address may wrap around.
-INTERPRETED, WRAPS = "interpreted", "wraps"
+# How an instruction is to be read that has made trouble: not at all, so that its address may wrap around, or so that it
+# may load from a device.
+INTERPRETED, WRAPS, DEVICE = "interpreted", "wraps", "device"
 
 # Definitions that, by what the data say, go somewhere else: interrupts, far jumps, repeated string instructions ...
 ELSEWHERE = {each.function for each in DEFINITIONS.values() if each.ends_block and each.data_decides}
 
+# The registers' variables.
 NAMES_32 = "eax ecx edx ebx esp ebp esi edi".split()
 NAMES_64 = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
+SYSTEM_FLAGS = "system_flags"
 
 
 # --- What a way through the code is made of ---------------------------------------------------------------------------
@@ -70,6 +74,7 @@ class Load(NamedTuple):
     variable: Name
     address: Value
     width: int
+    from_device: bool
 
 
 class Store(NamedTuple):
@@ -84,6 +89,14 @@ class Guard(NamedTuple):
 
     moment: Moment
     condition: Symbol
+
+
+class OtherPage(NamedTuple):
+    """The way goes on in another page, which must be in the TLB, and lie where it lay (`difference` as in `Mmu`)."""
+
+    moment: Moment
+    page: int
+    difference: int
 
 
 class Keep(NamedTuple):
@@ -156,24 +169,31 @@ class Reader(MemoryAccess):
     """
 
     __slots__ = (
-        "cpu", "decisions", "effects", "first_flags", "first_registers", "flags", "jump", "linear_mask", "mode",
-        "moment", "operand_of", "regs", "stack_mask", "taken_decisions", "variables", "way", "wraps",
+        "began", "cpl", "cpu", "decisions", "difficulty", "effects", "first_flags", "first_registers", "flags", "homes", "jump",
+        "linear_mask", "mode", "moment", "operand_of", "regs", "stack_mask", "system_register", "taken_decisions",
+        "variables", "way",
     )  # fmt: skip
 
     def __init__(self, cpu: Cpu, mode: Mode):
         self.cpu = cpu
         self.mode = mode
+        self.cpl = mode.cpl
         self.stack_mask = mode.stack_mask
         self.linear_mask = MASKS[64 if mode.code_size == 64 else 32]
         names, width = (NAMES_64, 64) if mode.code_size == 64 else (NAMES_32, 32)
-        self.first_registers = tuple(Name(name, MASKS[width], self.decide) for name in names)
+        self.first_registers = (
+            *(Name(name, MASKS[width], self.decide) for name in names),
+            Name(SYSTEM_FLAGS, fl.SYSTEM, self.decide),
+        )
         self.first_flags = flags_at_the_beginning(self.decide)
         self.regs = [op.Register(width) for _ in names]
+        self.system_register = op.Register(32)
+        self.homes = [*self.regs, self.system_register]
         zero = op.Register(64)
         self.operand_of = {id(real): mine for real, mine in zip(cpu.regs, self.regs)}
         self.operand_of[id(cpu.regs[op.ZERO])] = zero
         self.variables = 0
-        self.wraps = False  # addresses have to be cut to their width
+        self.difficulty: str | None = None  # of the instruction
         self.begin()
 
     def begin(self) -> None:
@@ -183,13 +203,13 @@ class Reader(MemoryAccess):
 
     def put_back(self, registers: tuple[Value, ...], flags: tuple) -> None:
         """Take on a state."""
-        for register, value in zip(self.regs, registers):
+        for register, value in zip(self.homes, registers):
             register.value = value  # type: ignore[assignment]
         self.flags = flags
 
     @property
     def registers(self) -> tuple[Value, ...]:
-        return tuple(register.value for register in self.regs)
+        return tuple(register.value for register in self.homes)
 
     def read(self, step: Step, ip: int, done: int) -> bool:
         """Run one instruction's definition. False, and nothing is changed, if it cannot be translated."""
@@ -197,7 +217,7 @@ class Reader(MemoryAccess):
         if definition in ELSEWHERE:
             return False
         self.moment = Moment(ip, done, self.registers, self.flags)
-        length = len(self.way)
+        self.began = len(self.way)
         self.decisions: list[bool] = []
         self.jump: tuple[Any, Any] | None
         while True:
@@ -210,7 +230,7 @@ class Reader(MemoryAccess):
                 again = self.decide_otherwise()
             except (Untranslatable, AttributeError, TypeError):
                 again = False
-            del self.way[length:]
+            del self.way[self.began :]
             self.put_back(self.moment.registers, self.moment.flags)
             if not again:
                 return False
@@ -283,6 +303,26 @@ class Reader(MemoryAccess):
     def code_size(self) -> int:  # type: ignore[override]
         return self.mode.code_size
 
+    @property
+    def system_flags(self) -> Any:  # type: ignore[override]
+        return self.system_register.value
+
+    def change_system_flags(self, cleared: int, then_set: int) -> None:
+        """But for AC: it decides which pages may be accessed, and so which TLB is asked."""
+        if (cleared | then_set) & fl.AC:
+            raise Untranslatable
+        self.system_register.value = self.system_flags & ~cleared | then_set
+
+    @property
+    def eflags(self) -> Any:  # type: ignore[override]
+        return self.system_flags | fl.ALWAYS_ONE | Symbol("explicit_flags", self.flags, fl.ARITHMETIC)
+
+    @property
+    def virtual_8086_mode(self) -> bool:
+        if self.mode.real:
+            raise Untranslatable  # or it is real mode
+        return False
+
     def accumulator(self, width: int) -> op.Operand:
         return op.general_register(self.regs[op.RAX], width)
 
@@ -291,7 +331,7 @@ class Reader(MemoryAccess):
             raise Untranslatable
         self.variables += 1
         variable = Name(f"v{self.variables}", MASKS[width], self.decide)
-        self.note(Load(self.moment, variable, self.unwrapped(address), width))
+        self.note(Load(self.moment, variable, self.unwrapped(address), width, self.difficulty == DEVICE))
         return variable
 
     def store(self, address: Any, value: Any, width: int) -> None:
@@ -306,7 +346,7 @@ class Reader(MemoryAccess):
         """
         if not isinstance(address, Symbol):
             return address & self.linear_mask
-        if address.operation != "&" or self.wraps or (self.mode.long_mode and self.mode.code_size != 64):
+        if address.operation != "&" or self.difficulty == WRAPS or (self.mode.long_mode and self.mode.code_size != 64):
             return address  # (in the last case there may be pages beyond)
         whole, mask = address.operands
         if isinstance(mask, Symbol) or mask != self.linear_mask or not isinstance(whole, Symbol):
@@ -375,25 +415,29 @@ class Grower:
         self.used: set[int] = set()  # the blocks that were read
 
     def find_blocks(self) -> None:
-        """Blocks that have been run and can be reached from the first one, on its page. Each jump has its target."""
+        """Blocks that have been run and can be reached from the first one. Each jump has its target."""
         waiting = [self.start]
         while waiting and len(self.blocks) < MAX_BLOCKS:
             ip = waiting.pop(0)
             block = self.cpu.code.get(ip)
-            same_page = (self.cpu.mode.code_base + ip) >> 12 == (self.cpu.mode.code_base + self.start) >> 12
-            if block is not None and ip not in self.blocks and same_page and block.on_one_page:
+            if block is not None and ip not in self.blocks and block.on_one_page:
                 self.blocks[ip] = block
                 self.ways_on[ip] = self.find_ways_on(block)
                 waiting += self.ways_on[ip]
 
     def find_ways_on(self, block: Block) -> list[int]:
-        """Where a block may go on, as far as that is known."""
+        """Where a block may go on, as far as that is known. Behind a call, too: it will come back."""
         self.reader.begin()
         if not self.reader.read(block.steps[-1], block.ips[-1], 0):
             return []
         taken, target = self.reader.jump or (False, 0)
         ways = [target] if taken is not False and not isinstance(target, Symbol) else []
-        return ways if taken is True else [*ways, block.next_ips[-1]]
+        return ways if taken is True and not self.is_call(block) else [*ways, block.next_ips[-1]]
+
+    def is_call(self, block: Block) -> bool:
+        """Whether what was read last, at the end of a block, has stored where to return to."""
+        last = self.reader.way[self.reader.began :]
+        return any(isinstance(item, Store) and same(item.value, block.next_ips[-1]) for item in last)
 
     def find_heads(self) -> None:
         """The heads of loops, and no more of them than it takes: every circle of jumps has one."""
@@ -428,43 +472,63 @@ class Grower:
             if head not in trees:
                 self.reader.begin()
                 way, self.room = self.reader.way, MAX_IN_TREE
-                self.follow(head, 0)
+                self.follow(head, 0, ())
                 trees[head] = Tree(head, way)
         return sorted((tree for tree in trees.values() if tree.longest), key=lambda tree: not tree.is_loop)
 
-    def follow(self, ip: int, done: int) -> None:
-        """Read a block, and what comes behind it."""
+    def follow(self, ip: int, done: int, returns: tuple[int, ...]) -> None:
+        """Read a block, and what comes behind it. `returns` is where the calls on this way will return to."""
         block, reader = self.blocks[ip], self.reader
         self.used.add(ip)
         self.room -= block.length
         for step, place in zip(block.steps, block.ips):
-            reader.wraps = block.hard.get(place) == WRAPS
-            if block.hard.get(place) == INTERPRETED or not reader.read(step, place, done):
+            reader.difficulty = block.hard.get(place)
+            if reader.difficulty == INTERPRETED or not reader.read(step, place, done):
                 self.end(place, place, done)
                 return
             done += 1
         place, next_ip = block.ips[-1], block.next_ips[-1]
         taken, target = reader.jump or (False, 0)
         if isinstance(taken, Symbol):
-            way, registers, flags = reader.way, reader.registers, reader.flags
-            reader.way = []
-            self.go_on(place, target, done)
-            way.append(Branch(place, taken, reader.way))
-            reader.way = way
-            reader.put_back(registers, flags)
+            self.branch(place, taken, target, done, returns)
             taken = False
-        self.go_on(place, target if taken else next_ip, done)
+        elif taken and self.is_call(block):
+            returns = (*returns, next_ip)
+        self.go_on(place, target if taken else next_ip, done, returns)
 
-    def go_on(self, place: int, target: Value, done: int) -> None:
+    def branch(self, place: int, condition: Symbol, target: Value, done: int, returns: tuple[int, ...]) -> None:
+        """Another way, to a target, under a condition."""
+        reader = self.reader
+        way, registers, flags = reader.way, reader.registers, reader.flags
+        reader.way = []
+        self.go_on(place, target, done, returns)
+        way.append(Branch(place, condition, reader.way))
+        reader.way = way
+        reader.put_back(registers, flags)
+
+    def go_on(self, place: int, target: Value, done: int, returns: tuple[int, ...]) -> None:
         """Go on at a target: in this tree, at a head, or elsewhere."""
+        if isinstance(target, Symbol) and returns and returns[-1] in self.blocks:
+            # A jump to an address from memory: most likely the way back of the last call.
+            *outer, expected = returns
+            self.branch(place, target != expected, target, done, ())
+            target, returns = expected, tuple(outer)
         if isinstance(target, Symbol) or target not in self.blocks:
             self.end(place, target, done)
-        elif target not in self.heads and self.blocks[target].length <= self.room:
-            self.follow(target, done)
+            return
+        if self.page(target) != self.page(place):
+            moment = Moment(target, done, self.reader.registers, self.reader.flags)
+            self.reader.way.append(OtherPage(moment, self.page(target), self.cpu.fetched[self.page(target)]))
+        if target not in self.heads and self.blocks[target].length <= self.room:
+            self.follow(target, done, returns)
         else:
             self.heads.add(target)
             self.waiting.append(target)
             self.end(place, target, done, to_head=True)
+
+    def page(self, ip: int) -> int:
+        """The number of the page, in linear addresses."""
+        return (self.cpu.mode.code_base + ip & self.reader.linear_mask) >> 12
 
     def end(self, place: int, target: Value, done: int, to_head: bool = False) -> None:
         self.reader.way.append(Exit(place, target, done, self.reader.registers, self.reader.flags, to_head))

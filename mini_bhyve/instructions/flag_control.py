@@ -31,12 +31,12 @@ def cmc(cpu):
 
 @instruction("cld")
 def cld(cpu):
-    cpu.system_flags = cpu.system_flags & ~fl.DF
+    cpu.change_system_flags(fl.DF, 0)
 
 
 @instruction("std")
 def std(cpu):
-    cpu.system_flags = cpu.system_flags | fl.DF
+    cpu.change_system_flags(0, fl.DF)
 
 
 @instruction("cli", data_decides=True)
@@ -44,7 +44,7 @@ def cli(cpu):
     """CLI: only for code at least as privileged as IOPL says."""
     if cpu.cpl > cpu.iopl:
         raise general_protection()
-    cpu.system_flags &= ~fl.IF
+    cpu.change_system_flags(fl.IF, 0)
 
 
 @instruction("sti", ends_block=True, data_decides=True)
@@ -57,17 +57,17 @@ def sti(cpu):
     cpu.system_flags |= fl.IF
 
 
-def _define_access_flag(name, change):
+def _define_access_flag(name, cleared, then_set):
     @instruction(name, data_decides=True)
     def access_flag(cpu):
         """STAC, CLAC: whether the supervisor may touch user pages under SMAP. #UD above level 0."""
         if cpu.cpl:
             raise undefined_opcode()
-        cpu.system_flags = change(cpu.system_flags)
+        cpu.change_system_flags(cleared, then_set)
 
 
-_define_access_flag("stac", lambda flags: flags | fl.AC)
-_define_access_flag("clac", lambda flags: flags & ~fl.AC)
+_define_access_flag("stac", 0, fl.AC)
+_define_access_flag("clac", fl.AC, 0)
 
 
 # AH takes the low byte of EFLAGS: SF ZF - AF - PF - CF.
