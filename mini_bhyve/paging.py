@@ -137,7 +137,8 @@ class Mmu:
     - pages outside RAM, and writes to ROM, never enter;
     - a page enters for writing only once its dirty bit is set;
     - a page that holds decoded code never enters for writing, so every store into it is noticed;
-    - a page with data that a breakpoint watches never enters.
+    - a page with data that a breakpoint watches never enters;
+    - what is known for writing is known for reading, too, and as the same.
 
     `store` is how to write to physical memory and have that noticed: accessed and dirty bits may lie beside code.
     """
@@ -246,6 +247,8 @@ class Mmu:
                 self.make_room(access)
             found = self.walk(self.mode, linear, access) if self.mode else Translation(linear, 12, False)
             known[page] = (found.physical & self.memory.a20_mask) - linear
+            if access & WRITE:
+                self.known[access & ~WRITE | READ][page] = known[page]
             (self.global_pages.add if found.is_global else self.global_pages.discard)(page)
             if found.shift > 12:
                 self.large_pages.setdefault((found.shift, linear >> found.shift), set()).add(page)
@@ -262,16 +265,15 @@ class Mmu:
 
     def open_quick_path(self, linear: int, physical: int, access: int) -> None:
         """Let accesses of this kind find the page at once, where the rules in the class's description allow it."""
-        offset = self.memory.ram_offset(physical)
+        offset, whose = self.memory.ram_offset(physical), access & ~WRITE
         if offset is None or linear >> 12 in self.watched_pages:
             return
         if access & WRITE:
             if self.memory.writable(offset) and offset >> 12 not in self.code_frames:
-                self.write_tlb[access & ~WRITE][linear >> 12] = offset - linear
-                self.write_words[access & ~WRITE][linear >> 12] = offset - linear >> 2
-        else:
-            self.read_tlb[access][linear >> 12] = offset - linear
-            self.read_words[access][linear >> 12] = offset - linear >> 2
+                self.write_tlb[whose][linear >> 12] = offset - linear
+                self.write_words[whose][linear >> 12] = offset - linear >> 2
+        self.read_tlb[whose][linear >> 12] = offset - linear
+        self.read_words[whose][linear >> 12] = offset - linear >> 2
 
     def walk(self, mode: PagingMode, linear: int, access: int) -> Translation:
         """Walk the tables (SDM vol. 3A, 4.3 to 4.5), check the rights (4.6), set accessed and dirty bits (4.8).

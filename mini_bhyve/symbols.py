@@ -430,6 +430,8 @@ def compare(name: str, a: Value, b: Value) -> Value:
             return OPERATIONS[name].function(0, b) if b < 0 else OPERATIONS[name].function(a.ones, b)
         if a.ones >= 0 and b == 0 and name in ("<", ">="):
             return name == ">="
+        if b == a.ones and name in ("<=", ">"):
+            return name == "<="
         if b == 0 and name in ("==", "!="):
             if a.operation == "choose" and all(map(same, a.operands[1:], (1, 0))):
                 a = a.operands[0]

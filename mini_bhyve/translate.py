@@ -81,6 +81,7 @@ from mini_bhyve.symbols import (
     whole_source,
 )  # fmt: skip
 from mini_bhyve.trees import (
+    ALONE,
     BASE,
     DEVICE,
     INTERPRETED,
@@ -124,7 +125,15 @@ Scope = dict[Union[int, tuple], str]
 
 ARRAYS = {8: "bytes8", 16: "words16", 32: "words32", 64: "words64"}
 VARIABLES = re.compile(r"\b[a-z_]\w*")
+MOST_APART = 256  # bytes: accesses that are further apart may well lie on different pages
 LONGEST_TEXT = 100  # characters of an expression: beyond that, its parts get names
+
+
+def base_and_offset(address: Value) -> tuple[Value, int]:
+    """An address as a symbol and a constant that is added to it."""
+    if isinstance(address, Symbol) and address.operation == "+" and not isinstance(address.operands[1], Symbol):
+        return address.operands[0], address.operands[1]
+    return address, 0
 
 
 class Line(NamedTuple):
@@ -133,6 +142,31 @@ class Line(NamedTuple):
     text: str
     ip: int | None
     item: Any = None
+
+
+class Group:
+    """Accesses of one size around one address, `base`, which is a symbol: a stack frame, or elements of an array.
+
+    They nearly always lie on one page, at multiples of their size. So that is made sure of once, and the TLB is asked
+    once.
+    """
+
+    def __init__(self, base: Symbol, size: int):
+        self.base = base
+        self.size = size
+        self.offsets: list[int] = []  # of each, from the base
+        self.tlb = "read"  # "write" if there is a store: what can be written is in both
+
+    def add(self, offset: int, stores: bool) -> None:
+        self.offsets.append(offset)
+        if stores:
+            self.tlb = "write"
+
+    @property
+    def is_worth_it(self) -> bool:
+        first, last = min(self.offsets), max(self.offsets)
+        aligned = not any((offset - first) % self.size for offset in self.offsets)
+        return len(self.offsets) > 1 and aligned and last - first < MOST_APART
 
 
 class Writer:
@@ -145,7 +179,7 @@ class Writer:
         self.first_flags = first_flags
         self.lines: list[Line] = []
         self.uses: dict[int, int] = {}
-        self.numbers: dict[int, Symbol] = {}  # of elements of arrays, by the identity of their address
+        self.groups = {tree.head: self.find_groups(tree) for tree in trees}
         self.temporaries = 0
         self.needs_flags: dict[Value, bool] = {tree.head: self.uses_first_flags(tree) for tree in trees}
         for tree in trees:
@@ -155,7 +189,7 @@ class Writer:
         """The whole function."""
         self.ip: int | None = None
         for entry, tree in enumerate(self.trees):
-            self.ip, self.entry = None, entry
+            self.ip, self.tree = None, tree
             if len(self.trees) > 1:
                 self.line(2, f"{'elif' if entry else 'if'} entry == {entry}:")
             self.write_way(tree.way, 3 if len(self.trees) > 1 else 2, {})
@@ -216,7 +250,7 @@ class Writer:
         """How often each symbol is used, so that nothing is computed twice."""
         for item in all_items(tree.way):
             if isinstance(item, (Load, Store)):
-                self.count(item.address, 2)
+                self.count(item.address if self.group(item, tree) is None else base_and_offset(item.address)[0])
             if isinstance(item, (Store, Keep)):
                 self.count(item.value)
             elif isinstance(item, (Guard, Branch)):
@@ -270,10 +304,10 @@ class Writer:
             text = operation.template.format(self.text(a, scope, first), *others)
         return f"({text})" if operation.binding < binding else text
 
-    def key(self, condition: Symbol) -> tuple:
-        """What two symbols of one condition have in common."""
-        operands = (id(each) if isinstance(each, Symbol) else str(each) for each in condition.operands)
-        return (condition.operation, *operands)
+    def key(self, value: Symbol) -> tuple:
+        """What two symbols of one value have in common."""
+        operands = (id(each) if isinstance(each, Symbol) else str(each) for each in value.operands)
+        return (value.operation, *operands) if value.operation else (id(value),)
 
     def truth(self, condition: Value, scope: Scope) -> str:
         """A condition behind `if`, where a number that is not 0 is true as well."""
@@ -294,11 +328,16 @@ class Writer:
         return length
 
     def give_name(self, value: Symbol, indent: int, scope: Scope) -> str:
+        scope[id(value)] = self.name_text(self.text(value, scope), indent)
+        return scope[id(value)]
+
+    def name_text(self, text: str, indent: int, item: Any = None) -> str:
+        """A name for what an expression comes to."""
+        if text.isidentifier():
+            return text
         self.temporaries += 1
-        name = f"t{self.temporaries}"
-        self.line(indent, f"{name} = {self.text(value, scope)}")
-        scope[id(value)] = name
-        return name
+        self.line(indent, f"t{self.temporaries} = {text}", item)
+        return f"t{self.temporaries}"
 
     # --- Ways -------------------------------------------------------------------------------------------------------
 
@@ -326,46 +365,102 @@ class Writer:
             else:
                 self.write_exit(item, indent, scope)
 
-    def place(self, item: Any, tlb: str, indent: int, scope: Scope) -> tuple[str, str, bool]:
-        """Address, element of RAM, and whether the address is a multiple of the size for sure."""
-        size = item.width // 8
-        shift = size.bit_length() - 1
-        number = divide(item.address, 4) if size == 4 and isinstance(item.address, Symbol) else None
-        if isinstance(number, Symbol):  # an element of an array: that saves some steps
-            number = self.numbers.setdefault(id(item.address), number)
-            self.uses[id(number)] = 2
-            self.name_parts(number, indent, scope)
-            text = self.text(number, scope, 8)
-            return "", f"words32[{tlb}_words[{text} >> 10] + {text}]", True
-        self.name_parts(item.address, indent, scope)
-        address = self.text(item.address, scope, 8)
-        page = f"{address} >> 12" if isinstance(item.address, Symbol) else hex(item.address >> 12)
-        place = f"{tlb}_tlb[{page}] + {address}"
-        element = f"{ARRAYS[item.width]}[({place}) >> {shift}]" if shift else f"bytes8[{place}]"
-        return address, element, trailing_zeros(item.address) >= shift
-
     def write_load(self, item: Load, indent: int, scope: Scope) -> None:
-        if item.from_device:
+        element = self.grouped(item, indent, scope)
+        if item.difficulty == DEVICE:
             self.name_parts(item.address, indent, scope)
             address, left = self.text(item.address, scope), f"left - {item.moment.done}"
-            self.line(indent, f"{item.variable.name} = load_device({address}, {item.width // 8}, {left})", item)
-            return
-        address, element, aligned = self.place(item, "read", indent, scope)
-        if not aligned:
-            size = item.width // 8
-            element += f" if not {address} & {size - 1} else load_unaligned(read_tlb, {address}, {size})"
+            element = f"load_device({address}, {item.width // 8}, {left})"
+        elif not element:
+            address, element, aligned = self.place(item, "read", indent, scope)
+            if not aligned:
+                size = item.width // 8
+                element += f" if not {address} & {size - 1} else load_unaligned(read_tlb, {address}, {size})"
         self.line(indent, f"{item.variable.name} = {element}", item)
 
     def write_store(self, item: Store, indent: int, scope: Scope) -> None:
         self.name_parts(item.value, indent, scope)
-        address, element, aligned = self.place(item, "write", indent, scope)
+        element = self.grouped(item, indent, scope)
         value = self.text(item.value, scope)
+        if element:
+            self.line(indent, f"{element} = {value}", item)
+            return
+        address, element, aligned = self.place(item, "write", indent, scope)
         if aligned:
             self.line(indent, f"{element} = {value}", item)
         else:
             size = item.width // 8
             self.line(indent, f"if not {address} & {size - 1}: {element} = {value}", item)
             self.line(indent, f"else: store_unaligned(write_tlb, {address}, {value}, {size})", item)
+
+    def place(self, item: Any, tlb: str, indent: int, scope: Scope) -> tuple[str, str, bool]:
+        """Of an access alone: address, element of RAM, and whether the address is a multiple of the size for sure."""
+        size = item.width // 8
+        shift = size.bit_length() - 1
+        number = divide(item.address, 4) if size == 4 else None
+        if isinstance(number, Symbol):  # an element of an array: that saves some steps
+            self.name_parts(number, indent, scope)
+            text = self.name_text(self.text(number, scope), indent)
+            return "", f"words32[{tlb}_words[{text} >> 10] + {text}]", True
+        self.name_parts(item.address, indent, scope)
+        if isinstance(item.address, Symbol) and item.address.operation and id(item.address) not in scope:
+            self.give_name(item.address, indent, scope)
+        address = self.text(item.address, scope, 8)
+        page = f"{address} >> 12" if isinstance(item.address, Symbol) else hex(item.address >> 12)
+        place = f"{tlb}_tlb[{page}] + {address}"
+        element = f"{ARRAYS[item.width]}[({place}) >> {shift}]" if shift else f"bytes8[{place}]"
+        return address, element, trailing_zeros(item.address) >= shift
+
+    def find_groups(self, tree: Tree) -> dict[tuple, Group]:
+        """The accesses of a tree that have neighbours."""
+        groups: dict[tuple, Group] = {}
+        for item in all_items(tree.way):
+            if isinstance(item, (Load, Store)) and not item.difficulty:
+                base, offset = base_and_offset(item.address)
+                if isinstance(base, Symbol):
+                    group = groups.setdefault((self.key(base), item.width), Group(base, item.width // 8))
+                    group.add(offset, isinstance(item, Store))
+        return {key: group for key, group in groups.items() if group.is_worth_it}
+
+    def group(self, item: Any, tree: Tree) -> Group | None:
+        """That of an access, if it has one."""
+        base, _ = base_and_offset(item.address)
+        if item.difficulty or not isinstance(base, Symbol):
+            return None
+        return self.groups[tree.head].get((self.key(base), item.width))
+
+    def grouped(self, item: Any, indent: int, scope: Scope) -> str:
+        """The element of RAM of an access that has neighbours; "" if it has none."""
+        group = self.group(item, self.tree)
+        if group is None:
+            return ""
+        if id(group) not in scope:
+            scope[id(group)] = self.write_group(group, item, indent, scope)
+        number = (base_and_offset(item.address)[1] - min(group.offsets)) // group.size
+        return f"{ARRAYS[item.width]}[{scope[id(group)]}{f' + {number}' if number else ''}]"
+
+    def write_group(self, group: Group, item: Any, indent: int, scope: Scope) -> str:
+        """Make sure of what is taken for granted; the name for the number of the first element of the group."""
+        first, last, size, shift = min(group.offsets), max(group.offsets), group.size, group.size.bit_length() - 1
+        address = group.base + first
+        number = divide(address, 4) if size == 4 else None
+        self.name_parts(group.base, indent, scope)
+        name = self.name_text(self.text(address if number is None else number, scope), indent)
+        unit = 1 if number is None else size  # what the address is counted in
+        conditions = []
+        if last > first:
+            conditions.append(f"{name} & {hex(PAGE_SIZE // unit - 1)} > {(PAGE_SIZE - size - last + first) // unit}")
+        if trailing_zeros(address) < shift:
+            conditions.append(f"{name} & {size - 1}")
+        if conditions:
+            self.line(indent, f"if {' or '.join(conditions)}: raise KeyError", item)
+        if number is not None:
+            element = f"{group.tlb}_words[{name} >> 10] + {name}"
+        elif size == 1:
+            element = f"{group.tlb}_tlb[{name} >> 12] + {name}"
+        else:
+            element = f"({group.tlb}_tlb[{name} >> 12] + {name}) >> {shift}"
+        return self.name_text(element, indent, item)
 
     def write_exit(self, item: Exit, indent: int, scope: Scope) -> None:
         """Go to a head if the instructions that are left allow that, else leave."""
@@ -389,7 +484,7 @@ class Writer:
             if isinstance(value, Symbol) and not changed.keys().isdisjoint(VARIABLES.findall(self.text(value, scope))):
                 later[name] = Name(self.give_name(value, indent, scope), value.ones, value.decide)
         self.write_assignments({**changed, **({} if later else flags)}, indent, scope)
-        if entry != self.entry:
+        if self.trees[entry] is not self.tree:
             self.line(indent, f"entry = {entry}")
         self.line(indent, f"if left >= {self.trees[entry].longest}: continue")
         self.write_assignments({"ip": item.target, **later}, indent, scope)
@@ -585,9 +680,12 @@ class Translator:
         if not 0 <= address <= self.cpu.linear_mask:
             return WRAPS
         access = (WRITE if isinstance(item, Store) else READ) | self.cpu.user_access
-        if not address & item.width // 8 - 1 and address >> 12 not in self.cpu.mmu.known[access]:
+        aligned = not address & item.width // 8 - 1
+        if aligned and address >> 12 not in self.cpu.mmu.known[access]:
             return None
-        return DEVICE if isinstance(item, Load) and not item.from_device else INTERPRETED
+        if not item.difficulty:
+            return ALONE
+        return DEVICE if aligned and isinstance(item, Load) and item.difficulty == ALONE else INTERPRETED
 
     def note_trouble(self, translation: Translation, ip: int, difficulty: str) -> None:
         """If that happens often it would be better to translate this instruction otherwise, or not at all."""

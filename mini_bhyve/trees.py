@@ -44,9 +44,9 @@ NEARBY = 1 << 20  # bytes: a constant in an address that is less negative than t
 # is -1 if there is none, or if the segment grows downwards, so that more would have to be checked.
 BASE, READABLE_TO, WRITABLE_TO = "_base", "_readable_to", "_writable_to"
 
-# How an instruction is to be read that has made trouble: not at all, so that its address may wrap around, or so that it
-# may load from a device.
-INTERPRETED, WRAPS, DEVICE = "interpreted", "wraps", "device"
+# How an instruction is to be read that has made trouble: not at all; so that its address may wrap around; without taking
+# for granted that it lies on one page with its neighbours, at a multiple of its size; or as a load from a device.
+INTERPRETED, WRAPS, ALONE, DEVICE = "interpreted", "wraps", "alone", "device"
 
 # Definitions that, by what the data say, go somewhere else: interrupts, far jumps, repeated string instructions ...
 ELSEWHERE = {each.function for each in DEFINITIONS.values() if each.ends_block and each.data_decides}
@@ -74,7 +74,7 @@ class Load(NamedTuple):
     variable: Name
     address: Value
     width: int
-    from_device: bool
+    difficulty: str | None
 
 
 class Store(NamedTuple):
@@ -82,6 +82,7 @@ class Store(NamedTuple):
     address: Value
     value: Value
     width: int
+    difficulty: str | None
 
 
 class Guard(NamedTuple):
@@ -331,13 +332,13 @@ class Reader(MemoryAccess):
             raise Untranslatable
         self.variables += 1
         variable = Name(f"v{self.variables}", MASKS[width], self.decide)
-        self.note(Load(self.moment, variable, self.unwrapped(address), width, self.difficulty == DEVICE))
+        self.note(Load(self.moment, variable, self.unwrapped(address), width, self.difficulty))
         return variable
 
     def store(self, address: Any, value: Any, width: int) -> None:
         if width not in (8, 16, 32, 64):
             raise Untranslatable
-        self.note(Store(self.moment, self.unwrapped(address), value & MASKS[width], width))
+        self.note(Store(self.moment, self.unwrapped(address), value & MASKS[width], width, self.difficulty))
 
     def unwrapped(self, address: Value) -> Value:
         """An address that need not be cut to 32 (64) bits: if that would make a difference, the TLB does not have it.

@@ -77,7 +77,7 @@ class SymbolicCpu:
         return op.general_register(self.regs[0], width)
 
     load_stack = store_stack = peek = pop = push = move_stack_pointer = load_segment_memory = symbol
-    branch = check_target = symbol
+    branch = check_target = change_system_flags = symbol
 
 
 def register(width: int) -> op.Register:
