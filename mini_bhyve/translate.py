@@ -175,6 +175,7 @@ class Writer:
     def __init__(self, trees: list[Tree], registers: tuple[Name, ...], first_flags: tuple):
         self.entries: dict[Value, int] = {tree.head: number for number, tree in enumerate(trees)}
         self.trees = trees
+        self.return_sites = {tree.head: self.entries[tree.head] for tree in trees if tree.is_return_site}
         self.registers = registers
         self.first_flags = first_flags
         self.lines: list[Line] = []
@@ -198,7 +199,8 @@ class Writer:
         assigned = {name for line in body for name in re.findall(r"^ *(\w+) = ", line.text)}
         registers = [register.name for register in self.registers if register.name in used]
         flags = not used.isdisjoint(FLAG_NAMES)
-        self.line(0, "def translated(entry, left):")
+        sites = ", ".join(f"{hex(site)}: {entry}" for site, entry in self.return_sites.items())
+        self.line(0, f"def translated(entry, left{f', return_sites={{{sites}}}' if sites else ''}):")
         for name in registers:
             self.line(1, f"{name} = {name.upper()}.value")
         if flags:
@@ -475,6 +477,11 @@ class Writer:
         entry = self.entries.get(item.target) if item.to_head else None
         if entry is None:
             self.write_assignments({"ip": item.target, **changed, **flags}, indent, scope)
+            if isinstance(item.target, Symbol) and self.return_sites:
+                longest = max(self.trees[entry].longest for entry in self.return_sites.values())
+                self.line(indent, f"if ip in return_sites and left >= {longest}:")
+                self.line(indent + 1, "entry = return_sites[ip]")
+                self.line(indent + 1, "continue")
             self.line(indent, "break")
             return
         # Flags for whoever goes on if the head may not be entered are kept from what comes now.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_BLOCKS = 32  # in which a way may be looked for
 MAX_IN_TREE = 120  # instructions
-MAX_TREES = 6
+MAX_TREES = 10
 MAX_DECISIONS = 4  # of an instruction
 DEEPEST = 24  # levels of an expression
 NEARBY = 1 << 20  # bytes: a constant in an address that is less negative than that is a distance, and no address
@@ -135,6 +135,7 @@ class Tree:
         self.way = way
         self.exits = [item for item in all_items(way) if isinstance(item, Exit)]
         self.longest = max(item.done for item in self.exits)
+        self.is_return_site = False
         self.is_loop = any(item.to_head and item.target == head for item in self.exits)
 
 
@@ -414,6 +415,7 @@ class Grower:
         self.heads: set[int] = set()
         self.find_heads()
         self.used: set[int] = set()  # the blocks that were read
+        self.return_sites: set[int] = set()  # heads to which calls return that are lost sight of
 
     def find_blocks(self) -> None:
         """Blocks that have been run and can be reached from the first one. Each jump has its target."""
@@ -475,6 +477,11 @@ class Grower:
                 way, self.room = self.reader.way, MAX_IN_TREE
                 self.follow(head, 0, ())
                 trees[head] = Tree(head, way)
+        for head in self.return_sites & trees.keys():
+            trees[head].is_return_site = True
+            if len(set(map(self.page, self.used))) > 1:
+                self.reader.begin()
+                trees[head].way.insert(0, self.look_at_page(Moment(head, 0, self.reader.registers, self.reader.flags)))
         return sorted((tree for tree in trees.values() if tree.longest), key=lambda tree: not tree.is_loop)
 
     def follow(self, ip: int, done: int, returns: tuple[int, ...]) -> None:
@@ -519,13 +526,21 @@ class Grower:
             return
         if self.page(target) != self.page(place):
             moment = Moment(target, done, self.reader.registers, self.reader.flags)
-            self.reader.way.append(OtherPage(moment, self.page(target), self.cpu.fetched[self.page(target)]))
+            self.reader.way.append(self.look_at_page(moment))
         if target not in self.heads and self.blocks[target].length <= self.room:
             self.follow(target, done, returns)
         else:
-            self.heads.add(target)
-            self.waiting.append(target)
+            sites = self.blocks.keys() & {*returns}  # the head may be reached on other ways, with other returns
+            self.return_sites |= sites
+            for head in (target, *sorted(sites)):
+                self.heads.add(head)
+                self.waiting.append(head)
             self.end(place, target, done, to_head=True)
+
+    def look_at_page(self, moment: Moment) -> OtherPage:
+        """Let a way make sure of the page that it is about to go on in."""
+        page = self.page(moment.ip)
+        return OtherPage(moment, page, self.cpu.fetched[page])
 
     def page(self, ip: int) -> int:
         """The number of the page, in linear addresses."""
