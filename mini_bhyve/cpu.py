@@ -149,7 +149,7 @@ class Cpu(MemoryAccess):
         self.flags = (fl.EXPLICIT, value & fl.ARITHMETIC, 0, 0, 32)
         self.attention = True  # IF or TF may have changed what is due next
 
-    @property  # type: ignore[override]
+    @property
     def system_flags(self) -> int:
         """EFLAGS but for the arithmetic ones and the bit that is always 1."""
         return self._system_flags

@@ -458,6 +458,21 @@ def compare_difference(name: str, masked: Symbol) -> Symbol:
     return Symbol(name, (a, b), 1)
 
 
+def base_and_offset(address: Value) -> tuple[Value, int]:
+    """An address as a symbol and a constant that is added to it."""
+    if isinstance(address, Symbol) and address.operation == "+" and not isinstance(address.operands[1], Symbol):
+        return address.operands[0], address.operands[1]
+    return address, 0
+
+
+def key(value: Value) -> tuple:
+    """What two values have in common that are the same, as long as the first one is there."""
+    if not isinstance(value, Symbol):
+        return (str(value),)
+    operands = (id(each) if isinstance(each, Symbol) else str(each) for each in value.operands)
+    return (value.operation, *operands) if value.operation else (id(value),)
+
+
 def divide(value: Value, size: int) -> Value | None:
     """A part `size` of a value, if it is a sum of multiples of it: the number of an element, of its address."""
     if not isinstance(value, Symbol):

@@ -72,10 +72,12 @@ from mini_bhyve.symbols import (
     Name,
     Symbol,
     Value,
+    base_and_offset,
     carry_flag,
     divide,
     evaluate,
     explicit_flags,
+    key,
     negate,
     trailing_zeros,
     whole_source,
@@ -87,6 +89,7 @@ from mini_bhyve.trees import (
     INTERPRETED,
     NAMES_32,
     NAMES_64,
+    NEIGHBOURS,
     READABLE_TO,
     SYSTEM_FLAGS,
     WRAPS,
@@ -125,15 +128,7 @@ Scope = dict[Union[int, tuple], str]
 
 ARRAYS = {8: "bytes8", 16: "words16", 32: "words32", 64: "words64"}
 VARIABLES = re.compile(r"\b[a-z_]\w*")
-MOST_APART = 256  # bytes: accesses that are further apart may well lie on different pages
 LONGEST_TEXT = 100  # characters of an expression: beyond that, its parts get names
-
-
-def base_and_offset(address: Value) -> tuple[Value, int]:
-    """An address as a symbol and a constant that is added to it."""
-    if isinstance(address, Symbol) and address.operation == "+" and not isinstance(address.operands[1], Symbol):
-        return address.operands[0], address.operands[1]
-    return address, 0
 
 
 class Line(NamedTuple):
@@ -166,7 +161,12 @@ class Group:
     def is_worth_it(self) -> bool:
         first, last = min(self.offsets), max(self.offsets)
         aligned = not any((offset - first) % self.size for offset in self.offsets)
-        return len(self.offsets) > 1 and aligned and last - first < MOST_APART
+        return len(self.offsets) > 1 and aligned and last - first < NEIGHBOURS
+
+
+def home(register: str) -> str:
+    """Where the value of a register is, outside of a translation."""
+    return "cpu._system_flags" if register == SYSTEM_FLAGS else f"{register.upper()}.value"
 
 
 class Writer:
@@ -182,6 +182,7 @@ class Writer:
         self.uses: dict[int, int] = {}
         self.groups = {tree.head: self.find_groups(tree) for tree in trees}
         self.temporaries = 0
+        self.leaves: dict[int, set[str]] = {}  # the variables in a symbol, by its identity
         self.needs_flags: dict[Value, bool] = {tree.head: self.uses_first_flags(tree) for tree in trees}
         for tree in trees:
             self.count_uses(tree)
@@ -190,10 +191,15 @@ class Writer:
         """The whole function."""
         self.ip: int | None = None
         for entry, tree in enumerate(self.trees):
-            self.ip, self.tree = None, tree
+            self.ip, self.tree, indent = None, tree, 2
             if len(self.trees) > 1:
                 self.line(2, f"{'elif' if entry else 'if'} entry == {entry}:")
-            self.write_way(tree.way, 3 if len(self.trees) > 1 else 2, {})
+                indent = 3
+            self.inner_loop = len(self.trees) > 1 and tree.is_loop
+            if self.inner_loop:
+                self.line(3, "while True:")
+                indent = 4
+            self.write_way(tree.way, indent, {})
         body, self.lines, self.ip = self.lines, [], None
         used = {name for line in body for name in VARIABLES.findall(line.text)}
         assigned = {name for line in body for name in re.findall(r"^ *(\w+) = ", line.text)}
@@ -202,7 +208,7 @@ class Writer:
         sites = ", ".join(f"{hex(site)}: {entry}" for site, entry in self.return_sites.items())
         self.line(0, f"def translated(entry, left{f', return_sites={{{sites}}}' if sites else ''}):")
         for name in registers:
-            self.line(1, f"{name} = {name.upper()}.value")
+            self.line(1, f"{name} = {home(name)}")
         if flags:
             self.line(1, f"{', '.join(FLAG_NAMES)} = cpu.flags")
         for name in ("fetched", "read_tlb", "write_tlb", "read_words", "write_words", *ARRAYS.values()):
@@ -212,14 +218,17 @@ class Writer:
             for what in (BASE, READABLE_TO, WRITABLE_TO):
                 if name + what in used:
                     self.line(1, f"{name}{what} = {what[1:]}(cpu.segments[{index}])")
-        self.line(1, "while True:")
+        inner_loops = any(line.text.endswith("entry = None") for line in body)
+        self.line(1, "while entry is not None:" if inner_loops else "while True:")
         self.lines += body
         self.ip = None
         for name in registers:
             if name in assigned:
-                self.line(1, f"{name.upper()}.value = {name}")
-        if flags:
-            self.line(1, f"cpu.flags = whole_source({', '.join(FLAG_NAMES)})")
+                self.line(1, f"{home(name)} = {name}")
+        if not assigned.isdisjoint(FLAG_NAMES):
+            if any(line.text.endswith("flag_result = None") for line in body):
+                self.line(1, "if flag_result is None: flag_result = flag_a - flag_b & (1 << flag_width) - 1")
+            self.line(1, f"cpu.flags = {', '.join(FLAG_NAMES)}")
         self.line(1, "cpu.ip = ip")
         self.line(1, "return left")
         return self.lines
@@ -292,8 +301,8 @@ class Writer:
             return scope[id(value)]
         if isinstance(value, Name):
             return value.name
-        if value.condition and self.key(value) in scope:
-            return scope[self.key(value)]
+        if value.condition and key(value) in scope:
+            return scope[key(value)]
         operation = OPERATIONS[value.operation]
         a, *rest = value.operands
         if value.operation == "+" and not isinstance(rest[0], Symbol) and rest[0] < 0:
@@ -306,11 +315,6 @@ class Writer:
             text = operation.template.format(self.text(a, scope, first), *others)
         return f"({text})" if operation.binding < binding else text
 
-    def key(self, value: Symbol) -> tuple:
-        """What two symbols of one value have in common."""
-        operands = (id(each) if isinstance(each, Symbol) else str(each) for each in value.operands)
-        return (value.operation, *operands) if value.operation else (id(value),)
-
     def truth(self, condition: Value, scope: Scope) -> str:
         """A condition behind `if`, where a number that is not 0 is true as well."""
         if isinstance(condition, Symbol) and id(condition) not in scope and condition.operation in ("==", "!="):
@@ -321,7 +325,7 @@ class Writer:
 
     def name_parts(self, value: Value | None, indent: int, scope: Scope) -> int:
         """Give names to the parts of an expression that are used more than once; the length of what is left."""
-        if not isinstance(value, Symbol) or isinstance(value, Name) or id(value) in scope or self.key(value) in scope:
+        if not isinstance(value, Symbol) or isinstance(value, Name) or id(value) in scope or key(value) in scope:
             return 8
         length = 4 + sum(self.name_parts(operand, indent, scope) for operand in value.operands)
         if self.uses.get(id(value), 1) > 1 or length > LONGEST_TEXT:
@@ -335,8 +339,9 @@ class Writer:
 
     def name_text(self, text: str, indent: int, item: Any = None) -> str:
         """A name for what an expression comes to."""
-        if text.isidentifier():
-            return text
+        return text if text.isidentifier() else self.new_name(text, indent, item)
+
+    def new_name(self, text: str, indent: int, item: Any = None) -> str:
         self.temporaries += 1
         self.line(indent, f"t{self.temporaries} = {text}", item)
         return f"t{self.temporaries}"
@@ -361,9 +366,9 @@ class Writer:
             elif isinstance(item, Branch):
                 self.name_parts(item.condition, indent, scope)
                 self.line(indent, f"if {self.truth(item.condition, scope)}:")
-                key = self.key(item.condition)
-                self.write_way(item.taken, indent + 1, {**scope, key: "True"})
-                scope[key] = "False"
+                known = key(item.condition)
+                self.write_way(item.taken, indent + 1, {**scope, known: "True"})
+                scope[known] = "False"
             else:
                 self.write_exit(item, indent, scope)
 
@@ -420,7 +425,7 @@ class Writer:
             if isinstance(item, (Load, Store)) and not item.difficulty:
                 base, offset = base_and_offset(item.address)
                 if isinstance(base, Symbol):
-                    group = groups.setdefault((self.key(base), item.width), Group(base, item.width // 8))
+                    group = groups.setdefault((key(base), item.width), Group(base, item.width // 8))
                     group.add(offset, isinstance(item, Store))
         return {key: group for key, group in groups.items() if group.is_worth_it}
 
@@ -429,7 +434,7 @@ class Writer:
         base, _ = base_and_offset(item.address)
         if item.difficulty or not isinstance(base, Symbol):
             return None
-        return self.groups[tree.head].get((self.key(base), item.width))
+        return self.groups[tree.head].get((key(base), item.width))
 
     def grouped(self, item: Any, indent: int, scope: Scope) -> str:
         """The element of RAM of an access that has neighbours; "" if it has none."""
@@ -481,37 +486,68 @@ class Writer:
                 longest = max(self.trees[entry].longest for entry in self.return_sites.values())
                 self.line(indent, f"if ip in return_sites and left >= {longest}:")
                 self.line(indent + 1, "entry = return_sites[ip]")
-                self.line(indent + 1, "continue")
-            self.line(indent, "break")
+                self.line(indent + 1, "break" if self.inner_loop else "continue")
+            self.write_end(indent)
             return
         # Flags for whoever goes on if the head may not be entered are kept from what comes now.
         later = {} if self.needs_flags[item.target] else flags
+        known = {id(value) for value in changed.values()}
         for name, value in later.items():
-            self.name_parts(value, indent, scope)
-            if isinstance(value, Symbol) and not changed.keys().isdisjoint(VARIABLES.findall(self.text(value, scope))):
-                later[name] = Name(self.give_name(value, indent, scope), value.ones, value.decide)
+            if isinstance(value, Symbol) and id(value) not in known:
+                self.name_parts(value, indent, scope)
+                if not changed.keys().isdisjoint(VARIABLES.findall(self.text(value, scope))):
+                    later[name] = Name(self.give_name(value, indent, scope), value.ones, value.decide)
         self.write_assignments({**changed, **({} if later else flags)}, indent, scope)
-        if self.trees[entry] is not self.tree:
+        another = self.trees[entry] is not self.tree
+        if another:
             self.line(indent, f"entry = {entry}")
-        self.line(indent, f"if left >= {self.trees[entry].longest}: continue")
+        way_on = "break" if another and self.inner_loop else "continue"
+        self.line(indent, f"if left >= {self.trees[entry].longest}: {way_on}")
         self.write_assignments({"ip": item.target, **later}, indent, scope)
+        self.write_end(indent)
+
+    def write_end(self, indent: int) -> None:
+        """Leave the function, out of both loops if there are two."""
+        if self.inner_loop:
+            self.line(indent, "entry = None")
         self.line(indent, "break")
 
     def write_assignments(self, values: dict[str, Value | None], indent: int, scope: Scope) -> None:
-        """Set variables all at once: none before what its old value is needed for."""
-        for value in values.values():
-            self.name_parts(value, indent, scope)
-        pending = {name: self.text(value, scope) for name, value in values.items()}
+        """Set variables all at once: none before what its old value is needed for.
+
+        What several of them have in common is set first, and the others are told in terms of it.
+        """
+        pending = dict(sorted(values.items(), key=lambda item: self.uses.get(id(item[1]), 1) < 2))
+        reads = {name: self.variables(value, scope) - {name} for name, value in pending.items()}
         while pending:
-            reads = {name: {*VARIABLES.findall(text)} - {name} for name, text in pending.items()}
-            free = [name for name in pending if not any(name in reads[other] for other in pending if other != name)]
-            if not free:  # they wait for each other in a circle
-                name = next(iter(pending))
-                self.temporaries += 1
-                self.line(indent, f"t{self.temporaries} = {pending[name]}")
-                pending[name] = f"t{self.temporaries}"
-            for name in free:
-                self.line(indent, f"{name} = {pending.pop(name)}")
+            for name in pending:
+                if not any(name in reads[other] for other in pending if other != name):
+                    break
+            else:  # they wait for each other in a circle
+                name = next(name for name in pending if reads[name])
+                self.name_parts(pending[name], indent, scope)
+                scope[id(pending[name])] = self.new_name(self.text(pending[name], scope), indent)
+                reads[name] = set()
+                continue
+            value = pending.pop(name)
+            if isinstance(value, Symbol) and id(value) not in scope:
+                for operand in value.operands:
+                    self.name_parts(operand, indent, scope)
+            self.line(indent, f"{name} = {self.text(value, scope)}")
+            if isinstance(value, Symbol) and value.operation:
+                scope.setdefault(id(value), name)
+
+    def variables(self, value: Value | None, scope: Scope) -> set[str]:
+        """The variables that an expression needs."""
+        if not isinstance(value, Symbol):
+            return set()
+        if id(value) in scope:
+            return {scope[id(value)]}
+        if isinstance(value, Name):
+            return {value.name}
+        if id(value) not in self.leaves:
+            self.leaves[id(value)] = set().union(*(self.variables(operand, {}) for operand in value.operands))
+        return self.leaves[id(value)]
 
 
 # --- Translating ------------------------------------------------------------------------------------------------------
@@ -530,7 +566,8 @@ class Translation:
 
     def compile(self, lines: list[Line], names: dict[str, Any]) -> None:
         """Make the function. The source was written above, from names that are chosen there and from numbers."""
-        exec(compile("\n".join(line.text for line in lines), "<translation>", "exec"), names)  # noqa: S102
+        file = f"<translation {self.heads[0][0].ips[0]:x}>"  # what a profiler shows
+        exec(compile("\n".join(line.text for line in lines), file, "exec"), names)  # noqa: S102
         self.function: Callable[[int, int], int] = names.pop("translated")
 
     def connect(self) -> None:
@@ -546,21 +583,6 @@ class Translation:
         for block, _ in self.heads:
             if block.translation is self:
                 block.translation, block.heat = None, heat
-
-
-class SystemFlags:
-    """The system flags as a register like others."""
-
-    def __init__(self, cpu: Cpu):
-        self.cpu = cpu
-
-    @property
-    def value(self) -> int:
-        return self.cpu.system_flags
-
-    @value.setter
-    def value(self, value: int) -> None:
-        self.cpu.system_flags = value
 
 
 class Translator:
@@ -587,7 +609,6 @@ class Translator:
         }
         for names in (NAMES_32, NAMES_64):
             self.names.update({name.upper(): register for name, register in zip(names, cpu.regs)})
-        self.names[SYSTEM_FLAGS.upper()] = SystemFlags(cpu)
 
     def configure(self, enabled: bool, dump_directory: str | None) -> None:
         """What the user wants. Raises OSError if there can be no such directory."""
@@ -660,8 +681,8 @@ class Translator:
         item = translation.items[traceback.tb_lineno - 1]
         moment: Moment = item.moment
         names: dict[str, Any] = dict(zip(FLAG_NAMES, cpu.flags))
-        homes = [self.names[first.name.upper()] for first in translation.reader.first_registers]
-        names.update((first.name, home.value) for first, home in zip(translation.reader.first_registers, homes))
+        names.update((first.name, real.value) for first, real in zip(translation.reader.first_registers, cpu.regs))
+        names[SYSTEM_FLAGS] = cpu.system_flags
         names.update(traceback.tb_frame.f_locals)
         known: dict[int, Any] = {}
         registers = [evaluate(value, names, known) for value in moment.registers]
@@ -669,8 +690,9 @@ class Translator:
             cpu.flags = whole_source(*(names[name] for name in FLAG_NAMES))
         else:
             cpu.flags = tuple(evaluate(value, names, known) for value in moment.flags)
-        for home, value in zip(homes, registers):
-            home.value = value
+        *values, cpu.system_flags = registers
+        for register, value in zip(cpu.regs, values):
+            register.value = value
         cpu.ip = moment.ip
         cpu.retired -= names["left"] - moment.done
         difficulty = self.difficulty(item, names, known)

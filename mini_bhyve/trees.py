@@ -28,7 +28,17 @@ from mini_bhyve.decode import Block, Mode, Step
 from mini_bhyve.faults import GuestFault
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.operands import MASKS
-from mini_bhyve.symbols import Name, Symbol, Untranslatable, Value, flags_at_the_beginning, negate, same
+from mini_bhyve.symbols import (
+    Name,
+    Symbol,
+    Untranslatable,
+    Value,
+    base_and_offset,
+    flags_at_the_beginning,
+    key,
+    negate,
+    same,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
@@ -38,14 +48,15 @@ MAX_IN_TREE = 120  # instructions
 MAX_TREES = 10
 MAX_DECISIONS = 4  # of an instruction
 DEEPEST = 24  # levels of an expression
+NEIGHBOURS = 256  # bytes: two places that are no further apart are not one, even if each page is mapped to the same
 NEARBY = 1 << 20  # bytes: a constant in an address that is less negative than that is a distance, and no address
 
 # What a translation wants to know of a segment, behind its name: the base, and the last offset that can be used. That
 # is -1 if there is none, or if the segment grows downwards, so that more would have to be checked.
 BASE, READABLE_TO, WRITABLE_TO = "_base", "_readable_to", "_writable_to"
 
-# How an instruction is to be read that has made trouble: not at all; so that its address may wrap around; without taking
-# for granted that it lies on one page with its neighbours, at a multiple of its size; or as a load from a device.
+# How an instruction is read that has made trouble: not at all; so that its address may wrap around; alone, without
+# taking for granted that it lies on one page with its neighbours, and aligned; or as a load from a device.
 INTERPRETED, WRAPS, ALONE, DEVICE = "interpreted", "wraps", "alone", "device"
 
 # Definitions that, by what the data say, go somewhere else: interrupts, far jumps, repeated string instructions ...
@@ -164,6 +175,33 @@ class FlatOperand(op.Memory):
         self.cpu.store(self.address(), value, self.width)
 
 
+class Known(NamedTuple):
+    """What memory is known to hold, at some place on a way: what was stored there, or loaded from there.
+
+    A place is a symbol, its distance from there, and a width. Two that count from one symbol are apart, in RAM too, if
+    they do not overlap; of others one cannot tell, so a store there makes them unknown.
+    """
+
+    values: dict[tuple, tuple[Value, Value]] = {}  # each with its address, so that that is there as long as it is
+
+    def load(self, address: Value, width: int) -> Value | None:
+        base, offset = base_and_offset(address)
+        return self.values.get((key(base), offset, width), (None, None))[0]
+
+    def after_load(self, address: Value, width: int, value: Value) -> Known:
+        base, offset = base_and_offset(address)
+        return Known({**self.values, (key(base), offset, width): (value, address)})
+
+    def after_store(self, address: Value, width: int, value: Value) -> Known:
+        base, offset = base_and_offset(address)
+        left = {}
+        for (other, place, size), known in self.values.items():
+            apart = place + size // 8 <= offset or offset + width // 8 <= place
+            if apart and other == key(base) and abs(place - offset) < NEIGHBOURS:
+                left[other, place, size] = known
+        return Known(left).after_load(address, width, value)
+
+
 class Reader(MemoryAccess):
     """What definitions take for the processor: it knows the mode, and otherwise notes what they do.
 
@@ -171,9 +209,9 @@ class Reader(MemoryAccess):
     """
 
     __slots__ = (
-        "began", "cpl", "cpu", "decisions", "difficulty", "effects", "first_flags", "first_registers", "flags", "homes", "jump",
-        "linear_mask", "mode", "moment", "operand_of", "regs", "stack_mask", "system_register", "taken_decisions",
-        "variables", "way",
+        "began", "cpl", "cpu", "decisions", "difficulty", "effects", "first_flags", "first_registers", "flags", "homes",
+        "jump", "known", "linear_mask", "mode", "moment", "operand_of", "regs", "stack_mask", "system_register",
+        "taken_decisions", "variables", "way",
     )  # fmt: skip
 
     def __init__(self, cpu: Cpu, mode: Mode):
@@ -201,13 +239,15 @@ class Reader(MemoryAccess):
     def begin(self) -> None:
         """At a head: the registers are what the variables say."""
         self.way: list = []
-        self.put_back(self.first_registers, self.first_flags)
+        self.known = Known()
+        self.put_back(self.first_registers, self.first_flags, self.known)
 
-    def put_back(self, registers: tuple[Value, ...], flags: tuple) -> None:
+    def put_back(self, registers: tuple[Value, ...], flags: tuple, known: Known) -> None:
         """Take on a state."""
         for register, value in zip(self.homes, registers):
             register.value = value  # type: ignore[assignment]
         self.flags = flags
+        self.known = known
 
     @property
     def registers(self) -> tuple[Value, ...]:
@@ -219,7 +259,7 @@ class Reader(MemoryAccess):
         if definition in ELSEWHERE:
             return False
         self.moment = Moment(ip, done, self.registers, self.flags)
-        self.began = len(self.way)
+        self.began, known = len(self.way), self.known
         self.decisions: list[bool] = []
         self.jump: tuple[Any, Any] | None
         while True:
@@ -233,7 +273,7 @@ class Reader(MemoryAccess):
             except (Untranslatable, AttributeError, TypeError):
                 again = False
             del self.way[self.began :]
-            self.put_back(self.moment.registers, self.moment.flags)
+            self.put_back(self.moment.registers, self.moment.flags, known)
             if not again:
                 return False
 
@@ -242,7 +282,8 @@ class Reader(MemoryAccess):
         values = (*self.registers, *self.flags)
         if any(isinstance(value, Symbol) and value.depth > DEEPEST for value in values):
             kept = {id(value): self.keep(value) for value in values}
-            self.put_back(tuple(kept[id(value)] for value in self.registers), tuple(kept[id(v)] for v in self.flags))
+            registers, flags = (tuple(kept[id(value)] for value in part) for part in (self.registers, self.flags))
+            self.put_back(registers, flags, self.known)
 
     def keep(self, value: Value) -> Value:
         if not isinstance(value, Symbol) or value.depth <= DEEPEST:
@@ -316,7 +357,7 @@ class Reader(MemoryAccess):
         self.system_register.value = self.system_flags & ~cleared | then_set
 
     @property
-    def eflags(self) -> Any:  # type: ignore[override]
+    def eflags(self) -> Any:
         return self.system_flags | fl.ALWAYS_ONE | Symbol("explicit_flags", self.flags, fl.ARITHMETIC)
 
     @property
@@ -331,15 +372,23 @@ class Reader(MemoryAccess):
     def load(self, address: Any, width: int) -> Any:
         if width not in (8, 16, 32, 64):
             raise Untranslatable
+        address = self.unwrapped(address)
+        known = self.known.load(address, width)
+        if known is not None and self.difficulty != DEVICE:
+            return known
         self.variables += 1
         variable = Name(f"v{self.variables}", MASKS[width], self.decide)
-        self.note(Load(self.moment, variable, self.unwrapped(address), width, self.difficulty))
+        self.note(Load(self.moment, variable, address, width, self.difficulty))
+        if self.difficulty != DEVICE:
+            self.known = self.known.after_load(address, width, variable)
         return variable
 
     def store(self, address: Any, value: Any, width: int) -> None:
         if width not in (8, 16, 32, 64):
             raise Untranslatable
-        self.note(Store(self.moment, self.unwrapped(address), value & MASKS[width], width, self.difficulty))
+        address, value = self.unwrapped(address), value & MASKS[width]
+        self.note(Store(self.moment, address, value, width, self.difficulty))
+        self.known = self.known.after_store(address, width, value)
 
     def unwrapped(self, address: Value) -> Value:
         """An address that need not be cut to 32 (64) bits: if that would make a difference, the TLB does not have it.
@@ -507,12 +556,12 @@ class Grower:
     def branch(self, place: int, condition: Symbol, target: Value, done: int, returns: tuple[int, ...]) -> None:
         """Another way, to a target, under a condition."""
         reader = self.reader
-        way, registers, flags = reader.way, reader.registers, reader.flags
+        way, registers, flags, known = reader.way, reader.registers, reader.flags, reader.known
         reader.way = []
         self.go_on(place, target, done, returns)
         way.append(Branch(place, condition, reader.way))
         reader.way = way
-        reader.put_back(registers, flags)
+        reader.put_back(registers, flags, known)
 
     def go_on(self, place: int, target: Value, done: int, returns: tuple[int, ...]) -> None:
         """Go on at a target: in this tree, at a head, or elsewhere."""
