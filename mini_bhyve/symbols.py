@@ -465,12 +465,18 @@ def base_and_offset(address: Value) -> tuple[Value, int]:
     return address, 0
 
 
+def depth(value: Value) -> int:
+    """How many levels an expression has."""
+    return value.depth if isinstance(value, Symbol) else 0
+
+
 def key(value: Value) -> tuple:
     """What two values have in common that are the same, as long as the first one is there."""
     if not isinstance(value, Symbol):
         return (str(value),)
-    operands = (id(each) if isinstance(each, Symbol) else str(each) for each in value.operands)
-    return (value.operation, *operands) if value.operation else (id(value),)
+    if not value.operands:
+        return (id(value),)
+    return (value.operation, *[id(each) if isinstance(each, Symbol) else str(each) for each in value.operands])
 
 
 def divide(value: Value, size: int) -> Value | None:

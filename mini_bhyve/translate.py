@@ -127,7 +127,7 @@ MANY_TROUBLES, RARE_TROUBLE = 20, 200
 Scope = dict[Union[int, tuple], str]
 
 ARRAYS = {8: "bytes8", 16: "words16", 32: "words32", 64: "words64"}
-VARIABLES = re.compile(r"\b[a-z_]\w*")
+VARIABLES, ASSIGNED = re.compile(r"\b[a-z_]\w*"), re.compile(r"^ *(\w+) = ", re.MULTILINE)
 LONGEST_TEXT = 100  # characters of an expression: beyond that, its parts get names
 
 
@@ -149,12 +149,14 @@ class Group:
     def __init__(self, base: Symbol, size: int):
         self.base = base
         self.size = size
+        self.items: list[Any] = []
         self.offsets: list[int] = []  # of each, from the base
         self.tlb = "read"  # "write" if there is a store: what can be written is in both
 
-    def add(self, offset: int, stores: bool) -> None:
+    def add(self, item: Any, offset: int) -> None:
+        self.items.append(item)
         self.offsets.append(offset)
-        if stores:
+        if isinstance(item, Store):
             self.tlb = "write"
 
     @property
@@ -180,11 +182,12 @@ class Writer:
         self.first_flags = first_flags
         self.lines: list[Line] = []
         self.uses: dict[int, int] = {}
-        self.groups = {tree.head: self.find_groups(tree) for tree in trees}
+        self.groups: dict[int, Group] = {}  # of accesses that have neighbours, by the identity of their items
         self.temporaries = 0
         self.leaves: dict[int, set[str]] = {}  # the variables in a symbol, by its identity
         self.needs_flags: dict[Value, bool] = {tree.head: self.uses_first_flags(tree) for tree in trees}
         for tree in trees:
+            self.find_groups(tree)
             self.count_uses(tree)
 
     def write(self) -> list[Line]:
@@ -201,8 +204,8 @@ class Writer:
                 indent = 4
             self.write_way(tree.way, indent, {})
         body, self.lines, self.ip = self.lines, [], None
-        used = {name for line in body for name in VARIABLES.findall(line.text)}
-        assigned = {name for line in body for name in re.findall(r"^ *(\w+) = ", line.text)}
+        source = "\n".join(line.text for line in body)
+        used, assigned = {*VARIABLES.findall(source)}, {*ASSIGNED.findall(source)}
         registers = [register.name for register in self.registers if register.name in used]
         flags = not used.isdisjoint(FLAG_NAMES)
         sites = ", ".join(f"{hex(site)}: {entry}" for site, entry in self.return_sites.items())
@@ -218,15 +221,14 @@ class Writer:
             for what in (BASE, READABLE_TO, WRITABLE_TO):
                 if name + what in used:
                     self.line(1, f"{name}{what} = {what[1:]}(cpu.segments[{index}])")
-        inner_loops = any(line.text.endswith("entry = None") for line in body)
-        self.line(1, "while entry is not None:" if inner_loops else "while True:")
+        self.line(1, "while entry is not None:" if "entry = None" in source else "while True:")
         self.lines += body
         self.ip = None
         for name in registers:
             if name in assigned:
                 self.line(1, f"{home(name)} = {name}")
         if not assigned.isdisjoint(FLAG_NAMES):
-            if any(line.text.endswith("flag_result = None") for line in body):
+            if "flag_result = None" in source:
                 self.line(1, "if flag_result is None: flag_result = flag_a - flag_b & (1 << flag_width) - 1")
             self.line(1, f"cpu.flags = {', '.join(FLAG_NAMES)}")
         self.line(1, "cpu.ip = ip")
@@ -261,7 +263,7 @@ class Writer:
         """How often each symbol is used, so that nothing is computed twice."""
         for item in all_items(tree.way):
             if isinstance(item, (Load, Store)):
-                self.count(item.address if self.group(item, tree) is None else base_and_offset(item.address)[0])
+                self.count(base_and_offset(item.address)[0] if id(item) in self.groups else item.address)
             if isinstance(item, (Store, Keep)):
                 self.count(item.value)
             elif isinstance(item, (Guard, Branch)):
@@ -418,27 +420,20 @@ class Writer:
         element = f"{ARRAYS[item.width]}[({place}) >> {shift}]" if shift else f"bytes8[{place}]"
         return address, element, trailing_zeros(item.address) >= shift
 
-    def find_groups(self, tree: Tree) -> dict[tuple, Group]:
-        """The accesses of a tree that have neighbours."""
+    def find_groups(self, tree: Tree) -> None:
+        """Find the accesses of a tree that have neighbours."""
         groups: dict[tuple, Group] = {}
         for item in all_items(tree.way):
             if isinstance(item, (Load, Store)) and not item.difficulty:
                 base, offset = base_and_offset(item.address)
                 if isinstance(base, Symbol):
                     group = groups.setdefault((key(base), item.width), Group(base, item.width // 8))
-                    group.add(offset, isinstance(item, Store))
-        return {key: group for key, group in groups.items() if group.is_worth_it}
-
-    def group(self, item: Any, tree: Tree) -> Group | None:
-        """That of an access, if it has one."""
-        base, _ = base_and_offset(item.address)
-        if item.difficulty or not isinstance(base, Symbol):
-            return None
-        return self.groups[tree.head].get((key(base), item.width))
+                    group.add(item, offset)
+        self.groups.update((id(item), group) for group in groups.values() if group.is_worth_it for item in group.items)
 
     def grouped(self, item: Any, indent: int, scope: Scope) -> str:
         """The element of RAM of an access that has neighbours; "" if it has none."""
-        group = self.group(item, self.tree)
+        group = self.groups.get(id(item))
         if group is None:
             return ""
         if id(group) not in scope:
@@ -520,15 +515,15 @@ class Writer:
         pending = dict(sorted(values.items(), key=lambda item: self.uses.get(id(item[1]), 1) < 2))
         reads = {name: self.variables(value, scope) - {name} for name, value in pending.items()}
         while pending:
-            for name in pending:
-                if not any(name in reads[other] for other in pending if other != name):
-                    break
-            else:  # they wait for each other in a circle
+            needed = set().union(*reads.values())
+            name = next((name for name in pending if name not in needed), None)
+            if name is None:  # they wait for each other in a circle
                 name = next(name for name in pending if reads[name])
                 self.name_parts(pending[name], indent, scope)
                 scope[id(pending[name])] = self.new_name(self.text(pending[name], scope), indent)
                 reads[name] = set()
                 continue
+            reads.pop(name)
             value = pending.pop(name)
             if isinstance(value, Symbol) and id(value) not in scope:
                 for operand in value.operands:

@@ -34,6 +34,7 @@ from mini_bhyve.symbols import (
     Untranslatable,
     Value,
     base_and_offset,
+    depth,
     flags_at_the_beginning,
     key,
     negate,
@@ -280,14 +281,15 @@ class Reader(MemoryAccess):
     def keep_short(self) -> None:
         """Cut what grows from instruction to instruction: a hash, for one, is a single expression of all that came."""
         values = (*self.registers, *self.flags)
-        if any(isinstance(value, Symbol) and value.depth > DEEPEST for value in values):
+        if max(map(depth, values)) > DEEPEST:
             kept = {id(value): self.keep(value) for value in values}
             registers, flags = (tuple(kept[id(value)] for value in part) for part in (self.registers, self.flags))
             self.put_back(registers, flags, self.known)
 
     def keep(self, value: Value) -> Value:
-        if not isinstance(value, Symbol) or value.depth <= DEEPEST:
+        if depth(value) <= DEEPEST:
             return value
+        assert isinstance(value, Symbol)
         self.variables += 1
         variable = Name(f"v{self.variables}", value.ones, self.decide)
         self.way.append(Keep(self.moment, variable, value))
