@@ -76,6 +76,12 @@ class Block:
         self.part_of: list[Translation] = []  # all that were made from this block, too
         self.hard: dict[int, str] = {}  # instructions that are not easily translated, by their addresses
 
+    def cut(self) -> None:
+        """Let it end behind its first instruction: what follows is to be a block of its own."""
+        del self.steps[1:]
+        self.length = 1
+        self.ips, self.next_ips = self.ips[:1], self.next_ips[:1]
+
     def overlaps(self, start: int, end: int) -> bool:
         """Whether any byte from `start` up to `end` in RAM belongs to the block."""
         return any(first < end and start < last for first, last in self.ranges)

@@ -621,7 +621,9 @@ class Translator:
         block.heat = COLD  # if it cannot be translated
         grower = Grower(self.cpu, self.cpu.ip)
         trees = grower.grow()
-        if not trees:
+        if not trees:  # not even its first instruction
+            self.drop(block)
+            block.cut()
             return
         if len(self.translations) >= MAX_TRANSLATIONS:
             self.make_room()
