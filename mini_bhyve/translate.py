@@ -621,7 +621,7 @@ class Translator:
         block.heat = COLD  # if it cannot be translated
         grower = Grower(self.cpu, self.cpu.ip)
         trees = grower.grow()
-        if not trees:  # not even its first instruction
+        if all(tree.head != grower.start for tree in trees):  # not even its first instruction
             self.drop(block)
             block.cut()
             return
@@ -638,7 +638,7 @@ class Translator:
         for each in translation.blocks:
             each.part_of.append(translation)
             if each.translation is None:
-                each.heat = self.heat  # it has been served
+                each.heat = max(each.heat, self.heat)  # it has been served
         if self.dump_directory is not None:
             self.dump(translation, lines)
         for old in replaced:
