@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from random_instructions import Generator, Unfit, forms
 from random_pages import with_pages
 from test_self_modifying_code import COUNTERS, machine, model, rewriting_case, rewriting_program
 from unicorn_tools import CODE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, WORLDS, Case, Ours, Outcome, World
-from vm_tools import assert_same_state, boot, configured, loaded, run_to
+from vm_tools import ROOT, assert_same_state, boot, configured, loaded, run_to
 
 from mini_bhyve import translate
 from mini_bhyve.cpu import Cpu
@@ -202,6 +203,27 @@ def test_a_whole_machine_is_the_same_at_any_instant(guest):
         assert_same_state(*both)
     assert both[0].console.output == both[1].console.output
     assert both[0].cpu.translator.translations and not both[1].cpu.translator.translations
+
+
+# --- Both readings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.both_readings
+def test_a_test_that_runs_in_both_readings_is_translated_in_one(reading):
+    cpu = machine("43 f4")  # inc ebx
+    while not cpu.halted:
+        cpu.attention = False
+        cpu.run(10)
+    assert bool(cpu.translator.translations) == (reading == "translated")
+
+
+def test_all_tests_of_the_processor_run_in_both_readings():
+    """Those that `make coverage` names; but one of them has a reading of its own."""
+    makefile = (ROOT / "Makefile").read_text()
+    (names,) = re.findall(r"CPU_TESTS = .*?\.py,((?:.*\\\n)*.*)\)\)", makefile)
+    for name in {*names.replace("\\", "").split()} - {"one_definition"}:
+        text = (ROOT / "tests" / f"test_{name}.py").read_text()
+        assert "\npytestmark = pytest.mark.both_readings\n" in text, name
 
 
 # --- What makes trouble -----------------------------------------------------------------------------------------------
