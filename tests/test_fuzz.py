@@ -23,9 +23,11 @@ from unicorn_tools import DATA, RBX, WORLDS, Case
 from mini_bhyve import flags as fl
 from mini_bhyve.faults import GuestFault
 from mini_bhyve.instructions import DEFINITIONS
+from mini_bhyve.translate import Translator
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_OF = 3 if sys.implementation.name != "pypy" else 15  # cases of a round; PyPy calls Unicorn slowly
+PROGRAMS = 12  # in each world
 COMMAND = [sys.executable, "-m", "tests.fuzz"]
 INC_STC = '{"world": "flat32", "code": "40f9", "registers": {"eax": "0xff"}, "instructions": 2}'  # inc eax; stc
 SMALL = '{"world": "flat32", "code": "11d8", "registers": {"eax": "0x1"}, "flags": "0x3"}'  # adc eax, ebx
@@ -36,7 +38,8 @@ def test_a_round_of_the_fuzzer_finds_nothing(world):
     """The fixed share of what test_instructions_against_unicorn.py does not have: pages of any rights, and blocks."""
     checker = fuzz.Checker()
     others = (case for kind, case in fuzz.cases_in(world, "fixed") if kind != "instructions")
-    for case in itertools.islice(others, 0, None, ONE_OF):
+    programs = (case for _, case in fuzz.programs(world, "fixed", PROGRAMS))
+    for case in itertools.chain(itertools.islice(others, 0, None, ONE_OF), programs):
         part, _, found = checker.check(case)
         assert not found, to_text(part)
 
@@ -75,6 +78,25 @@ def test_what_goes_wrong_only_in_one_go_is_noticed(monkeypatch, capsys):
     redefine(monkeypatch, x86.X86_INS_STC, right_at_first)
     assert fuzz.main(["--case", INC_STC]) == 1
     assert capsys.readouterr().out == "alike\ninc eax; stc in flat32: flags in one go: 22, not 23\n"
+
+
+def test_a_broken_translator_is_noticed_and_its_reproducer_reproduces_it(monkeypatch, capsys):
+    failures: list[fuzz.Failure] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(Translator, "store_unaligned", lambda *_: None)
+        checker = fuzz.Checker()
+        for _, case in fuzz.programs(WORLDS["flat32"], "broken", 200):
+            part, _, found = checker.check(case)
+            if found:
+                failures.append(checker.failure(part, found))
+                break
+        said, command = failures[0].text.splitlines()
+        assert " in flat32: translated: after " in said
+        arguments = shlex.split(command)
+        assert fuzz.main(arguments[3:]) == 1
+        assert capsys.readouterr().out == f"{said}\n"
+    assert fuzz.main(arguments[3:]) == 0
+    assert capsys.readouterr().out == "alike\n"
 
 
 # Cases in which Unicorn errs, and what makes them such.
@@ -141,7 +163,7 @@ def test_a_case_is_made_as_small_as_can_be():
 def test_a_case_as_text_is_the_same_case():
     for world in WORLDS.values():
         cases = itertools.islice(fuzz.cases(f"text {world.name}"), 50)
-        for _, case in cases:
+        for _, case in itertools.chain(cases, fuzz.programs(world, "text", 5)):
             assert from_text(to_text(case)) == case
 
 
@@ -162,6 +184,7 @@ def test_a_case_as_text_is_the_same_case():
         ('{"world": "flat32", "code": "90", "memory": {"0x3ffff": "0000"}}', "memory ends"),
         ('{"world": "flat32", "code": "90", "memory": [1]}', "of the wrong kind"),
         ('{"world": "flat32", "code": "90", "rip": 0}', "a case has no 'rip'"),
+        ('{"world": "flat32", "code": "90", "events": [[1, "nmi"]]}', "of the wrong kind"),
         ("[" * 100_000, "of the wrong kind"),
     ],
 )

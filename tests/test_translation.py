@@ -19,61 +19,18 @@ pytest.importorskip("unicorn")  # the worlds are shared with it
 from random_instructions import Generator, Unfit, forms
 from random_pages import with_pages
 from test_self_modifying_code import COUNTERS, machine, model, rewriting_case, rewriting_program
-from unicorn_tools import CODE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, WORLDS, Case, Ours, Outcome, World
+from two_readings import Pair
+from unicorn_tools import CODE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, WORLDS, Case
 from vm_tools import ROOT, assert_same_state, boot, configured, loaded, run_to
 
 from mini_bhyve import translate
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.decode import COLD
-from mini_bhyve.faults import VmExit
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.trees import Reader
 
 TRIES = 1  # of each instruction in each world
 LOOPS = 30
-
-
-class Pair:
-    """Both processors in one world."""
-
-    def __init__(self, world: World, heat: int = 0):
-        self.translated, self.interpreted = Ours(world), Ours(world)
-        self.translated.cpu.translator.heat = heat
-        self.interpreted.cpu.translator.heat = COLD
-        self.left = 0  # how often a translation was left in its middle
-        leave = self.translated.cpu.translator.leave
-
-        def count(error: KeyError) -> None:
-            self.left += 1
-            leave(error)
-
-        self.translated.cpu.translator.leave = count  # type: ignore[method-assign]
-
-    def compare(self, case: Case, stops: list[int]) -> None:
-        """Run it up to each of the stops (so many instructions further on), and compare there."""
-        both = self.translated, self.interpreted
-        for ours in both:
-            ours.begin(case)
-        for stop in stops:
-            a, b = (go_on(ours, stop) for ours in both)
-            if isinstance(a, str):
-                assert a == b, case
-                break
-            assert a._replace(memory=b"") == b._replace(memory=b""), case
-            assert a.memory == b.memory, case
-            assert both[0].cpu.retired == both[1].cpu.retired, case
-            for kind in ("known", "read_tlb", "write_tlb", "read_words", "write_words"):
-                assert getattr(both[0].cpu.mmu, kind) == getattr(both[1].cpu.mmu, kind), (kind, case)
-            if a.vector is not None or both[0].cpu.halted:
-                break
-
-
-def go_on(ours: Ours, stop: int) -> Outcome | str:
-    """What became of it; a sentence if it is the end of the VM."""
-    try:
-        return ours.go_on(stop)
-    except VmExit as end:
-        return str(end)
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
