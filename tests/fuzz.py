@@ -7,8 +7,8 @@ Goes through all worlds (unicorn_tools.py) in turn, again and again, each time w
     paged          the same, with paging on and pages of any rights, so that it is refused memory anywhere
     blocks         several of them in a row; each is compared, and then on ours all in one go with one by one
     page tables    random tables of each kind, and random accesses through them
-    programs       loops, routines, code that rewrites itself ..., with interrupts, single steps and breakpoints (of which
-                   Unicorn delivers none): translated and interpreted
+    programs       loops, routines, code that rewrites itself, and interrupts, single steps and breakpoints, none of
+                   which Unicorn delivers: translated and interpreted
 
 Each process has a sequence of its own, made from the seed and its number, so that a run can be repeated. A case that
 fails is made smaller as long as it fails, and told in two lines: what is wrong, and the command that runs it again.
