@@ -155,6 +155,8 @@ class Program:
         """Let a register point to data again."""
         index = self.random.choice((RBX, RBP, RSI, RDI))
         self.registers[index] = self.generator.target(SS if index == RBP else DS, self.bits)
+        if self.bits == 16 and self.chance(0.2):
+            self.registers[index] = 0x10000 - self.random.randrange(1, 8)  # at the end of the segment
         return self.set(index, self.registers[index])
 
     def any(self, place: int) -> bytes:

@@ -8,6 +8,7 @@ random instructions, one at a time and in loops, and are stopped at random limit
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import re
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 
 pytest.importorskip("unicorn")  # the worlds are shared with it
 
+import test_xv6
 from random_instructions import Generator, Unfit, forms
 from random_pages import with_pages
+from test_linux import MEGABYTE, linux
 from test_self_modifying_code import COUNTERS, machine, model, rewriting_case, rewriting_program
 from two_readings import Pair
 from unicorn_tools import CODE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, WORLDS, Case
@@ -264,6 +267,34 @@ def test_translations_do_not_grow_without_end_and_those_in_use_stay(monkeypatch)
         assert all(translation in block.part_of for block in translation.blocks)
 
 
+# mov ecx, 20; again: add eax, constant; dec ecx; jnz again; ret
+LOADED, CONSTANT = "b914000000 05 00000000 49 75f8 c3", 6
+
+
+def test_memory_stays_flat_while_a_guest_loads_and_runs_program_after_program(monkeypatch):
+    """The same pages, again and again, with programs that have never been there: most of them will not be back."""
+    monkeypatch.setattr(translate, "MAX_TRANSLATIONS", 16)
+    rounds, size = 600, len(bytes.fromhex(LOADED))
+    # mov ebx, rounds; round: mov edi, ebx; and edi, 3Fh; shl edi, 12; add edi, 20000h; mov ebp, edi
+    load = "89df 83e73f c1e70c 81c700000200 89fd"
+    load += f"be00400000 b9{number(size)} f3a4"  # mov esi, 4000h; mov ecx, size; rep movsb
+    load += f"895d{CONSTANT:02x} ffd5 4b"  # mov [ebp + CONSTANT], ebx; call ebp; dec ebx
+    cpu = machine(f"bb{number(rounds)} {load} 0f85{number(-len(bytes.fromhex(load)) - 6 & 0xFFFFFFFF)} f4")
+    cpu.memory.load(0x4000, bytes.fromhex(LOADED))
+    cpu.translator.heat = 3
+    objects = []
+    while not cpu.halted:
+        cpu.attention = False
+        cpu.run(cpu.retired + 5000)
+        assert len(cpu.translator.translations) <= 16
+        gc.collect()
+        objects.append(len(gc.get_objects()))
+    assert cpu.regs[RAX].value == 20 * sum(range(rounds + 1))
+    assert len(cpu.translator.translations) > 1
+    half = len(objects) // 2
+    assert max(objects[half:]) < 1.05 * max(objects[:half])
+
+
 # --- What the user sees -----------------------------------------------------------------------------------------------
 
 
@@ -281,3 +312,33 @@ def test_nothing_is_translated_if_the_user_does_not_want_it():
     vm = loaded(configured(guest="compute", translate="false"), b"")
     run_to(vm, 200_000)
     assert not vm.cpu.translator.translations
+
+
+# --- make soak --------------------------------------------------------------------------------------------------------
+
+PROGRAMS = {
+    "xv6": [b"ls\n", b"wc README\n", b"grep the README\n", b"echo kept > f\n", b"cat README | wc\n", b"rm f\n"],
+    "linux": [b"stress-fork 5\n", b"ls /dev\n", b"ps\n", b"stress-mem 1\n", b"write /f 20000 1\n", b"sum /f\n"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name, rounds", [pytest.param("xv6", 12, marks=test_xv6.pytestmark), ("linux", 24)])
+def test_memory_stays_flat_while_an_operating_system_runs_program_after_program(name, rounds, tmp_path, monkeypatch):
+    monkeypatch.setattr(translate, "MAX_TRANSLATIONS", 100)
+    disk = tmp_path / "empty"
+    disk.write_bytes(bytes(MEGABYTE))
+    guest = test_xv6.xv6() if name == "xv6" else linux(disk)
+    directory = tmp_path / "disks"
+    directory.mkdir()
+    machine = guest.boot(directory, PROGRAMS[name] * rounds)
+    objects: list[int] = []
+    while machine.exit_code is None:
+        machine.run_once()
+        assert len(machine.cpu.translator.translations) <= 100
+        if len(machine.console.prompts) > (len(objects) + 1) * len(PROGRAMS[name]):
+            gc.collect()
+            objects.append(len(gc.get_objects()))
+    assert len(objects) == rounds
+    third, last = objects[rounds // 2 : rounds * 3 // 4], objects[rounds * 3 // 4 :]
+    assert max(last) < 1.05 * max(third), objects
