@@ -28,7 +28,7 @@ from vm_tools import ROOT, assert_same_state, boot, configured, loaded, run_to
 
 from mini_bhyve import translate
 from mini_bhyve.cpu import Cpu
-from mini_bhyve.decode import COLD
+from mini_bhyve.decode import COLD, Block
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.trees import Reader
 
@@ -256,13 +256,27 @@ def test_an_expression_may_be_as_long_as_it_likes(step):
     assert cpu.translator.translations
 
 
-def test_translations_do_not_grow_without_end_and_those_in_use_stay(monkeypatch):
+def rounds_of(loops: int, rounds: int) -> str:
+    """mov edx, rounds; all: (mov ecx, 20; again: dec ecx; jnz again; inc eax), so many of them; dec edx; jnz all"""
+    body = "b914000000 49 75fd 40" * loops
+    return f"ba{number(rounds)} {body} 4a 0f85{number(-len(bytes.fromhex(body)) - 7 & 0xFFFFFFFF)} f4"
+
+
+@pytest.mark.parametrize("loops", [12, 50])
+def test_translations_do_not_grow_without_end_and_those_in_use_stay(loops, monkeypatch):
+    """Also if all of them are in use."""
     monkeypatch.setattr(translate, "MAX_TRANSLATIONS", 8)
-    # mov edx, 3; all: (mov ecx, 20; again: dec ecx; jnz again; inc eax) 50 times; dec edx; jnz all
-    cpu = machine("ba03000000" + "b914000000 49 75fd 40" * 50 + "4a 0f85" + number(-459 & 0xFFFFFFFF) + "f4")
+    cpu, numbers = machine(rounds_of(loops, 6)), set()
+    make = cpu.translator.translate
+
+    def count(block: Block) -> None:
+        make(block)
+        numbers.add(len(cpu.translator.translations))
+
+    monkeypatch.setattr(cpu.translator, "translate", count)
     run(cpu)
-    assert cpu.regs[RAX].value == 150
-    assert 0 < len(cpu.translator.translations) <= 8
+    assert cpu.regs[RAX].value == 6 * loops
+    assert max(numbers) == 8
     for translation in cpu.translator.translations.values():
         assert all(translation in block.part_of for block in translation.blocks)
 
