@@ -38,11 +38,12 @@ from unicorn_tools import (
     Case,
     Event,
     Memory,
+    World,
 )  # fmt: skip
 
 from mini_bhyve import flags as fl
 from mini_bhyve.instructions import DEFINITIONS
-from mini_bhyve.registers import CR4_PAE
+from mini_bhyve.registers import CR0_AM, CR4_PAE, EFER_LMA, EFER_LME
 
 VECTORS = 0x30  # that have a handler
 INTERRUPT = 0x20  # the first of those from outside
@@ -67,6 +68,12 @@ def little(value: int, size: int) -> bytes:
 def often(bits: int) -> list[list[Stem]]:
     """What can be translated, most of it."""
     return [stems for number, stems in forms(bits).items() if not DEFINITIONS[number].data_decides]
+
+
+def controls_of(world: World) -> tuple[int, int, int, int]:
+    """As a case has them."""
+    cr0, _, cr3, cr4 = world.controls
+    return cr0, cr3, cr4, EFER_LME | EFER_LMA if world.bits == 64 else 0
 
 
 class Program:
@@ -251,6 +258,9 @@ class Program:
             case = with_pages(case, self.random, harmless=0.8)
             self.entry_bytes = 8 if case.controls[2] & CR4_PAE else 4
             self.table = PAGE_TABLES + (3 if self.bits == 64 else 2 if self.entry_bytes == 8 else 1 << 12)
+        if self.world.cpl and self.chance(0.2):
+            cr0, *others = case.controls or controls_of(self.world)
+            case = case._replace(flags=case.flags | fl.AC, controls=(cr0 | CR0_AM, *others))
         routines = self.routine_pieces()
         begin = self.set(RSP, self.registers[RSP]) + self.point(0) + self.point(0) + self.point(0) + self.set(RCX, 3)
         self.registers[RCX] = 3

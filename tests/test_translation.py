@@ -113,6 +113,26 @@ def test_addresses_of_32_bit_code_in_long_mode_are_cut_to_32_bits():
         assert (reader.unwrapped(address) is address) == long_mode
 
 
+@pytest.mark.parametrize(
+    "effects, translated",
+    [("load load store", True), ("store store", True), ("load store store", False), ("store load", False)],
+)
+def test_an_instruction_that_has_stored_must_not_find_out_that_it_has_to_begin_again(effects, translated):
+    """If it has looked before at what it changes, or still has to look at something, it is not translated."""
+
+    def definition(cpu):
+        for place, effect in enumerate(effects.split()):
+            if effect == "load":
+                cpu.load(0x5000 + place * 0x1000, 32)
+            else:
+                cpu.store(0x5000 + place * 0x1000, 0, 32)
+
+    cpu = machine("f4")
+    reader = Reader(cpu, cpu.mode)
+    assert reader.read((definition, (cpu,), CODE + 1), CODE, 0) == translated
+    assert len(reader.way) == (len(effects.split()) if translated else 0)
+
+
 def run(cpu: Cpu, heat: int = 0, most: int = 20_000) -> Cpu:
     """Run to HLT, translating what has been run `heat` times."""
     cpu.translator.heat = heat
