@@ -17,17 +17,20 @@ pytest.importorskip("unicorn")
 
 import fuzz
 from capstone import x86_const as x86
+from random_programs import INTERRUPT, NMI, VECTORS
 from reproducer import NoCase, from_text, minimise, to_text
+from two_readings import RUNG, Pair
 from unicorn_tools import DATA, RBX, WORLDS, Case
 
 from mini_bhyve import flags as fl
-from mini_bhyve.faults import GuestFault
+from mini_bhyve import interrupts
+from mini_bhyve.faults import DB, PF, GuestFault
 from mini_bhyve.instructions import DEFINITIONS
-from mini_bhyve.translate import Translator
+from mini_bhyve.translate import Translation, Translator
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_OF = 3 if sys.implementation.name != "pypy" else 15  # cases of a round; PyPy calls Unicorn slowly
-PROGRAMS = 12  # in each world
+PROGRAMS = 8  # in each world
 COMMAND = [sys.executable, "-m", "tests.fuzz"]
 INC_STC = '{"world": "flat32", "code": "40f9", "registers": {"eax": "0xff"}, "instructions": 2}'  # inc eax; stc
 SMALL = '{"world": "flat32", "code": "11d8", "registers": {"eax": "0x1"}, "flags": "0x3"}'  # adc eax, ebx
@@ -42,6 +45,28 @@ def test_a_round_of_the_fuzzer_finds_nothing(world):
     for case in itertools.chain(itertools.islice(others, 0, None, ONE_OF), programs):
         part, _, found = checker.check(case)
         assert not found, to_text(part)
+
+
+@pytest.mark.parametrize("world", [WORLDS["flat32"], WORLDS["user64"]], ids=lambda world: world.name)
+def test_a_program_of_the_fuzzer_meets_all_that_it_is_made_for(world, monkeypatch):
+    """Of some of them, at least: else they would prove little."""
+    vectors: set[int] = set()
+    translations: list[Translation] = []
+    dropped: list[Translation] = []
+    deliver, connect, drop = interrupts.deliver, Translation.connect, Translator.drop
+    monkeypatch.setattr(interrupts, "deliver", lambda cpu, *what: (vectors.add(what[0]), deliver(cpu, *what)))
+    monkeypatch.setattr(Translation, "connect", lambda each: (translations.append(each), connect(each)))
+    monkeypatch.setattr(Translator, "drop", lambda each, block: (dropped.extend(block.part_of), drop(each, block)))
+    left = 0
+    for _, case in fuzz.programs(world, "many things", 8):
+        pair = Pair(world)
+        assert not pair.differences(case)
+        left += pair.left
+    assert {DB, NMI, PF, RUNG} - ({RUNG} if world.cpl else set()) <= vectors
+    assert any(INTERRUPT <= vector < VECTORS and vector != RUNG for vector in vectors)
+    assert any(len(each.heads) > 1 for each in translations)
+    assert any(len(each.blocks) > 3 for each in translations)
+    assert dropped and left
 
 
 def redefine(monkeypatch, number: int, function) -> None:

@@ -26,9 +26,11 @@ from two_readings import Pair
 from unicorn_tools import CODE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, WORLDS, Case
 from vm_tools import ROOT, assert_same_state, boot, configured, loaded, run_to
 
+from mini_bhyve import segmentation as seg
 from mini_bhyve import translate
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.decode import COLD, Block
+from mini_bhyve.faults import VmExit
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.trees import Reader
 
@@ -131,6 +133,43 @@ def test_an_instruction_that_has_stored_must_not_find_out_that_it_has_to_begin_a
     reader = Reader(cpu, cpu.mode)
     assert reader.read((definition, (cpu,), CODE + 1), CODE, 0) == translated
     assert len(reader.way) == (len(effects.split()) if translated else 0)
+
+
+SEGMENTS = {
+    "up to 5FFFh": (0, 0x5FFF, seg.WRITABLE),
+    "with a base, up to 6002h": (0x3000, 0x6002, seg.WRITABLE),
+    "from 6000h downwards": (0, 0x5FFF, seg.WRITABLE | seg.EXPAND_DOWN),
+    "read-only": (0, 0xFFFFFFFF, 0),
+    "code": (0, 0xFFFFFFFF, seg.CODE | seg.READABLE),
+    "code that cannot be read": (0, 0xFFFFFFFF, seg.CODE),
+}
+
+
+@pytest.mark.parametrize("step", ["43", "4b"], ids=["upwards", "downwards"])
+@pytest.mark.parametrize("store", ["8803", "668903", "8903", ""], ids=["byte", "word", "doubleword", "none"])
+@pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
+def test_a_segment_ends_where_it_ends(segment, store, step):
+    """A loop that runs across the end, or stores where that is not allowed: a fault, and here the end of the VM."""
+    # mov ebx, 6000h + or - 20h; mov ecx, 40h; again: inc or dec ebx; mov eax, [ebx]; add edx, eax; mov [ebx], ...
+    begin = "bbe05f0000" if step == "43" else "bb20600000"
+    body = f"{step} 8b03 01c2 {store} 49"
+    program = f"{begin} b940000000 {body} 75{-len(bytes.fromhex(body)) - 2 & 0xFF:02x} f4"
+    outcomes = []
+    for heat in (2, COLD):
+        cpu = machine(program)
+        base, limit, kind = segment
+        access = seg.PRESENT | seg.CODE_OR_DATA | seg.BIG | seg.GRANULAR | kind
+        cpu.segments[seg.DS] = seg.Segment(0x10, base, limit, access)
+        cpu.update_mode()
+        cpu.memory.load(base + 0x5FC0, bytes(range(0x80)))
+        try:
+            run(cpu, heat)
+            end = "halted"
+        except VmExit as error:
+            end = str(error)
+        registers = [register.value for register in cpu.regs]
+        outcomes.append((end, cpu.retired, registers, cpu.eflags, bytes(cpu.memory.ram)))
+    assert outcomes[0] == outcomes[1]
 
 
 def run(cpu: Cpu, heat: int = 0, most: int = 20_000) -> Cpu:
