@@ -9,8 +9,8 @@ them on to the next round, so they go on for as long as one likes:
     800       descriptor table, page tables (unicorn_tools.py)
     8000      again:  ...                                                 a round: loops, calls, stores ...
                       jmp again
-    8F00      routines; some run on into the next page
-    9800      handlers: of faults, of #DB, of interrupts                  A000 and on   data
+    8E00      handlers: of faults, of #DB, of interrupts (for programs of level 3, at 9800)
+    8FC0      routines; most on the next page, which may be mapped elsewhere             A000 and on   data
 
 From outside come interrupts, single steps and breakpoints, after so many instructions: the events of the case.
 """
@@ -50,9 +50,10 @@ INTERRUPT = 0x20  # the first of those from outside
 DEBUG, NMI = 1, 2
 WITH_ERROR_CODE = (8, 10, 11, 12, 13, 14, 17)
 TASK_STATE = 0x400
-ROUTINES, HANDLERS, KERNEL_STACK = 0x8F00, 0x9800, 0x9F00
+KERNEL_STACK = 0x7F00
+HANDLERS, USER_HANDLERS, ROUTINES = 0x8E00, 0x9800, 0x8FC0
 NOTES = 0xFF00  # offset in DS of what handlers count
-LONGEST = ROUTINES - CODE - 0x100  # bytes of a round
+LONGEST = HANDLERS - CODE - 0x100  # bytes of a round
 
 EVENTS = 14
 HAPPENINGS = ("", "", "", "", "interrupt", "interrupt", "interrupt", "nmi", "save", "step", "watch")
@@ -187,11 +188,11 @@ class Program:
         """Change an entry of the page table, and most often say so: XOR; INVLPG."""
         if not self.table or self.world.cpl:
             return b""
-        page = self.random.randrange(16, SIZE >> 12)
-        if self.chance(0.7):  # one that is in use
+        page = self.random.choice((self.random.randrange(16, SIZE >> 12), (ROUTINES >> 12) + 1))
+        if self.chance(0.6):  # one with data that are in use
             page = self.registers[self.random.choice((RBX, RSI, RDI))] + self.generator.base(DS) >> 12 & 0x3F
         entry = self.table + page * self.entry_bytes
-        change = self.random.choice((PRESENT, WRITABLE, USER, ACCESSED, DIRTY, 0x1000, 0x1000))
+        change = self.random.choice((PRESENT, WRITABLE, USER, ACCESSED, DIRTY, 0x1000, 0x1000, 0x3000))
         rest = little(change, 2 if self.bits == 16 else 4)
         code = b"\x64\x81" + self.at(entry, register=6) + rest
         return code + (b"\x64\x0f\x01" + self.at(page << 12, register=7) if self.chance(0.8) else b"")
@@ -304,14 +305,14 @@ class Program:
     def vectors(self) -> Memory:
         """The handlers, and a table that leads to them."""
         handlers: dict[str, int] = {}
-        code = b""
+        start, code = USER_HANDLERS if self.world.cpl else HANDLERS, b""
         for name, piece in (
             ("fault", self.send_on()),
             ("fault with error code", self.drop_error_code() + self.send_on()),
             ("debug", self.after_debug()),
             ("interrupt", self.interrupted()),
         ):
-            handlers[name] = HANDLERS + len(code)
+            handlers[name] = start + len(code)
             code += piece
         table = b""
         for vector in range(VECTORS):
@@ -322,7 +323,7 @@ class Program:
                 name = "interrupt"
             table += self.gate(handlers[name])
         stack = little(KERNEL_STACK, 8) if self.bits == 64 else little(KERNEL_STACK, 4) + little(0x10, 4)
-        return (0, table), (TASK_STATE + 4, stack), (HANDLERS, code)
+        return (0, table), (TASK_STATE + 4, stack), (start, code)
 
     def gate(self, offset: int) -> bytes:
         """A trap gate that level 3 may use, too: flags stay as they are but for TF."""

@@ -396,7 +396,7 @@ PROGRAMS = {
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name, rounds", [pytest.param("xv6", 12, marks=test_xv6.pytestmark), ("linux", 24)])
+@pytest.mark.parametrize("name, rounds", [pytest.param("xv6", 8, marks=test_xv6.pytestmark), ("linux", 24)])
 def test_memory_stays_flat_while_an_operating_system_runs_program_after_program(name, rounds, tmp_path, monkeypatch):
     monkeypatch.setattr(translate, "MAX_TRANSLATIONS", 100)
     disk = tmp_path / "empty"
