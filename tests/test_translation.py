@@ -85,6 +85,17 @@ def test_loops_do_the_same_translated_wherever_they_are_stopped(world, loops=LOO
     assert pair.left
 
 
+@pytest.mark.parametrize(
+    "code",
+    ["83c604 ebfb", "40 89c3 4b 83c004 ebf7", "01c0 91 ebfb", "29d8 93 ebfb", "83c604 e802000000 ebf6 c3"],
+    ids=["add", "mov, dec, add", "add, xchg", "sub, xchg", "call"],
+)
+def test_flags_that_the_next_round_sets_anyway_are_there_if_it_does_not_come(code):
+    """In loops without an end: another round, or else the flags of the last one, made of registers as they were."""
+    case = Case("flat32", bytes.fromhex(code), (0xCB, 0x20, 5, 0, 0x20000, 0, 0xC7, 0), 2)
+    Pair(WORLDS["flat32"]).compare(case, [1, 2, 3, 5, 7, 11] * 5)
+
+
 # --- What may change under a translation ------------------------------------------------------------------------------
 
 
