@@ -25,7 +25,7 @@ test: $(VENV)/.installed-test  ## run the tests
 soak: $(VENV)/.installed-test  ## for an hour or two: xv6 and Linux suspended all the time, floods, kills
 	$(IN_VENV) -m pytest -n auto -m soak --durations 0
 
-fuzz: $(VENV)/.installed-test  ## compare random instructions with Unicorn for so many minutes: make fuzz MINUTES=10
+fuzz: $(VENV)/.installed-test  ## compare random instructions with Unicorn, and programs translated and not: make fuzz MINUTES=10
 	$(IN_VENV) -m tests.fuzz --minutes '$(MINUTES)'
 MINUTES ?= 5
 

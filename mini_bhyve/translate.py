@@ -658,12 +658,14 @@ class Translator:
             self.forget(translation)
 
     def make_room(self) -> None:
-        """Put all to sleep, and drop those that nobody has woken since the last time."""
+        """Put all to sleep, and drop those that nobody has woken since the last time; if there is none, the oldest."""
         for translation in list(self.translations.values()):
             if translation.asleep:
                 self.forget(translation)
             else:
                 translation.disconnect(heat=1)
+        if len(self.translations) >= MAX_TRANSLATIONS:
+            self.forget(next(iter(self.translations.values())))
 
     # --- Leaving a translation in its middle ------------------------------------------------------------------------
 

@@ -12,6 +12,10 @@ from typing import Callable
 
 import pytest
 
+from mini_bhyve.code_cache import CodeCache
+from mini_bhyve.decode import COLD, Block
+from mini_bhyve.translate import Translator
+
 pytest.register_assert_rewrite("vm_tools", "os_tools", "busy_machine", "lockstep")
 
 # What the tests start shall behave as at a terminal, also where they were started by nohup, which has SIGHUP ignored.
@@ -66,3 +70,41 @@ def file(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+# --- Both readings ----------------------------------------------------------------------------------------------------
+
+# How often a block is interpreted before it is translated.
+READINGS = {"interpreted": COLD, "translated": 0}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that is marked with `both_readings` runs twice: all is interpreted, and all that can be is translated."""
+    if metafunc.definition.get_closest_marker("both_readings"):
+        metafunc.fixturenames.insert(0, "reading")
+        metafunc.parametrize("reading", READINGS, indirect=True)
+
+
+@pytest.fixture
+def reading(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Lets all processors read guest code in one way, those too that are there already; and sees that they did."""
+    blocks, asked = set(), []
+    translate, find = Translator.translate, CodeCache.find
+
+    def count(translator: Translator, block: Block) -> None:
+        asked.append(block)
+        translate(translator, block)
+
+    def note(cache: CodeCache) -> Block:
+        block = find(cache)
+        if block.on_one_page:
+            blocks.add(block)
+        return block
+
+    heat = READINGS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Translator, "heat", property(lambda self: heat, lambda self, value: None), raising=False)
+        patch.setattr(Translator, "translate", count)
+        patch.setattr(CodeCache, "find", note)
+        yield request.param
+    assert bool(asked) == (request.param == "translated" and bool(blocks))

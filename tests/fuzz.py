@@ -1,4 +1,5 @@
-"""Compare our processor with Unicorn, so many minutes: `python -m tests.fuzz --minutes 10`, or `make fuzz MINUTES=10`.
+"""Compare our processor with Unicorn, and its translator with its interpreter, so many minutes: `python -m tests.fuzz
+--minutes 10`, or `make fuzz MINUTES=10`.
 
 Goes through all worlds (unicorn_tools.py) in turn, again and again, each time with other random cases:
 
@@ -6,6 +7,8 @@ Goes through all worlds (unicorn_tools.py) in turn, again and again, each time w
     paged          the same, with paging on and pages of any rights, so that it is refused memory anywhere
     blocks         several of them in a row; each is compared, and then on ours all in one go with one by one
     page tables    random tables of each kind, and random accesses through them
+    programs       loops, routines, code that rewrites itself, and interrupts, single steps and breakpoints, none of
+                   which Unicorn delivers: translated and interpreted
 
 Each process has a sequence of its own, made from the seed and its number, so that a run can be repeated. A case that
 fails is made smaller as long as it fails, and told in two lines: what is wrong, and the command that runs it again.
@@ -39,11 +42,14 @@ except ImportError:
 from comparison import Comparison, ends_block, fields_of, instruction_at
 from random_instructions import Generator, Unfit, forms
 from random_pages import FORMATS, access, fetch, with_pages
-from reproducer import NoCase, from_text, minimise, register_names, to_text
+from random_programs import Program
+from reproducer import NoCase, from_text, minimise, pieces_of, register_names, to_text
+from two_readings import Pair
 from unicorn_tools import CODE, RBP, RBX, RCX, RDI, RSI, WORLDS, Case, Ours, World
 
-KINDS = ("instructions", "paged", "blocks", "page tables")
-PER_ROUND = {"paged": 0.4, "blocks": 150, "page tables": 40}  # of the instructions; a world; a format and level
+KINDS = ("instructions", "paged", "blocks", "page tables", "programs")
+# Of the instructions; a world; a format and level; a world.
+PER_ROUND = {"paged": 0.4, "blocks": 150, "page tables": 40, "programs": 40}
 MAX_IN_BLOCK = 8
 TELL_EVERY = 30  # seconds
 MAX_FAILURES = 20  # of different kinds: then it is time to look at them
@@ -56,6 +62,7 @@ def cases(seed: str) -> Iterator[tuple[str, Case]]:
     for number in itertools.count():
         for world in WORLDS.values():
             yield from cases_in(world, f"{seed} {number}")
+            yield from programs(world, f"{seed} {number}", PER_ROUND["programs"])
         yield from page_tables(f"{seed} {number}")
 
 
@@ -65,6 +72,13 @@ def cases_in(world: World, seed: str) -> Iterator[tuple[str, Case]]:
     yield from single_instructions(generator)
     for _ in range(PER_ROUND["blocks"]):
         yield "blocks", block(generator, ours)
+
+
+def programs(world: World, seed: str, count: int) -> Iterator[tuple[str, Case]]:
+    """So many programs in one world."""
+    generator = Generator(world, f"programs {seed}", at_page_ends=0.3)
+    for _ in range(count):
+        yield "programs", Program(generator).case()
 
 
 @functools.cache
@@ -139,16 +153,18 @@ class Failure(NamedTuple):
 
 
 class Checker:
-    """Both processors in all worlds."""
+    """Both processors in all worlds; and both readings, each time anew, as a translator remembers what it has done."""
 
     def __init__(self) -> None:
         self.comparisons: dict[str, Comparison] = {}
 
     def check(self, case: Case) -> tuple[Case, bool, list[str]]:
         """The part of the case that matters, whether it could be compared, and what is not alike."""
-        comparison = self.comparisons.get(case.world) or Comparison(WORLDS[case.world])
-        self.comparisons[case.world] = comparison
         try:
+            if case.events:
+                return case, True, Pair(WORLDS[case.world]).differences(case)
+            comparison = self.comparisons.get(case.world) or Comparison(WORLDS[case.world])
+            self.comparisons[case.world] = comparison
             part, outcome, found = comparison.check_block(case)
         except Exception as error:
             return case, True, [f"error: {type(error).__name__}: {error}"]
@@ -187,6 +203,8 @@ def instructions_of(case: Case) -> Iterator[Any]:
 
 
 def describe(case: Case) -> str:
+    if case.events:
+        case = case._replace(instructions=len(pieces_of(case)))
     return "; ".join(f"{insn.mnemonic} {insn.op_str}".strip() for insn in instructions_of(case))
 
 
@@ -319,7 +337,7 @@ def at_least_one(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m tests.fuzz", description="Compare random instructions with Unicorn.")
+    parser = Parser(prog="python -m tests.fuzz", description="Compare random instructions and programs.")
     parser.add_argument("--minutes", type=some_minutes, default=5, help="how long (default: 5)")
     parser.add_argument("--seed", type=int, help="repeat a run that printed this number")
     parser.add_argument("--jobs", type=at_least_one, default=processors(), help="processes (default: one a processor)")

@@ -216,8 +216,11 @@ def fetch(layout: Format, level: int, rng: random.Random) -> Case | None:
 # --- Pages for any instruction ----------------------------------------------------------------------------------------
 
 
-def with_pages(case: Case, rng: random.Random) -> Case:
-    """The case with paging on, in tables of one kind or another, and the pages of its data of any rights."""
+def with_pages(case: Case, rng: random.Random, harmless: float = 0) -> Case:
+    """The case with paging on, in tables of one kind or another, and the pages of its data of any rights.
+
+    `harmless` is how many of them can be used as if there were no paging.
+    """
     world = WORLDS[case.world]
     layout = FORMATS[-1] if world.bits == 64 else rng.choice((FORMATS[0], FORMATS[2]))
     smep, no_execute = rng.random() < 0.5, layout.entry_bytes == 8 and rng.random() < 0.5
@@ -231,7 +234,8 @@ def with_pages(case: Case, rng: random.Random) -> Case:
             user = USER if world.cpl else 0
             entry = page << 12 | PRESENT | WRITABLE | (user if page == CODE >> 12 else 0)
         else:
-            entry = random_page(page, no_execute, rng)
+            harm = not harmless or rng.random() >= harmless
+            entry = random_page(page, no_execute, rng) if harm else page << 12 | PRESENT | WRITABLE | USER
         tables[PAGE_TABLES + (len(layout.bits) - 1 << 12) + page * layout.entry_bytes] = entry
     memory = tuple((place, entry.to_bytes(layout.entry_bytes, "little")) for place, entry in tables.items())
     cr0, _, _, cr4 = world.controls

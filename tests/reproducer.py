@@ -5,7 +5,7 @@ The line is JSON, and what is as usual is left out of it:
     {"world": "flat32", "code": "11d8", "registers": {"eax": "0xff"}, "flags": "0x3", "memory": {"0xa000": "00ff"}}
 
 `minimise()` takes from a case whatever it can do without and still fail: instructions, prefixes, registers, flags, and
-what is unusual in memory, such as the entries of page tables.
+what is unusual in memory, such as the entries of page tables; and events, if it has any.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, Callable
 
 from comparison import instruction_at
 from random_instructions import decode, repeats
-from unicorn_tools import CODE, DATA, SIZE, WORLDS, Case, Memory, World, usual_memory
+from unicorn_tools import CODE, DATA, SIZE, WORLDS, Case, Event, Memory, World, usual_memory
 
 from mini_bhyve import flags as fl
 
 NAMES = "ax cx dx bx sp bp si di".split()
 MAX_CODE, MAX_INSTRUCTIONS = DATA - CODE - 1, 1000
 CONTROLS = "cr0 cr3 cr4 efer".split()
-KEYS = {"world", "code", "registers", "flags", "memory", "instructions", "start", "controls"}
+KEYS = {"world", "code", "registers", "flags", "memory", "instructions", "start", "controls", "events"}
 
 
 class NoCase(Exception):
@@ -54,6 +54,8 @@ def to_text(case: Case) -> str:
         fields["start"] = hex(case.start)
     if case.controls:
         fields["controls"] = dict(zip(CONTROLS, map(hex, case.controls)))
+    if case.events:
+        fields["events"] = case.events
     return json.dumps(fields)
 
 
@@ -81,6 +83,7 @@ def from_text(text: str) -> Case:
             int(fields.get("instructions", 1)),
             start=number(fields.get("start", hex(CODE)), 64),
             controls=tuple(number(controls[name], 64) for name in CONTROLS) if controls else None,
+            events=tuple(Event(int(after), str(what), int(last)) for after, what, last in fields.get("events", ())),
         )
     except json.JSONDecodeError as error:
         raise NoCase(f"it is no JSON: {error}.") from None
@@ -118,7 +121,7 @@ def minimise(case: Case, fails: Callable[[Case], bool]) -> Case:
     smaller = None
     while smaller != case:
         smaller = case
-        for candidate_of in (shorter_code, fewer_registers, fewer_flags):
+        for candidate_of in (fewer_events, shorter_code, fewer_registers, fewer_flags):
             again = True
             while again:
                 again = False
@@ -132,6 +135,18 @@ def minimise(case: Case, fails: Callable[[Case], bool]) -> Case:
 
 def case_if(fails: Callable[[Case], bool], case: Case, candidate: Case) -> Case:
     return candidate if candidate != case and fails(candidate) else case
+
+
+def fewer_events(case: Case) -> Iterator[Case]:
+    """Up to one that is not the last; without one of them, or with nothing happening there."""
+    events = case.events
+    for count in range(1, len(events)):
+        yield case._replace(events=events[:count])
+    for index, (after, what, _) in enumerate(events[:-1]):
+        following = events[index + 1]._replace(after=after + events[index + 1].after)
+        yield case._replace(events=(*events[:index], following, *events[index + 2 :]))
+        if what:
+            yield case._replace(events=(*events[:index], Event(after, ""), *events[index + 1 :]))
 
 
 def shorter_code(case: Case) -> Iterator[Case]:

@@ -19,6 +19,8 @@ from mini_bhyve.machine import ExitCode, Machine
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import RAX, RCX, RDI, RDX, RSP
 
+pytestmark = pytest.mark.both_readings
+
 CODE = 0x1000
 
 

@@ -13,6 +13,8 @@ from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import RAX, RBX, RCX, RDX
 
+pytestmark = pytest.mark.both_readings
+
 EFER_LMA = 1 << 10
 
 

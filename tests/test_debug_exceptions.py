@@ -19,6 +19,8 @@ from mini_bhyve import segmentation as seg
 from mini_bhyve.faults import BP, DB, NMI, UD
 from mini_bhyve.operands import RAX, RCX
 
+pytestmark = pytest.mark.both_readings
+
 HANDLER, LOG_END, LOG, DATA = 0x9000, 0xA000, 0xA010, 0xB000
 B0, B1, B2, B3, BD, BS, BT = 1, 2, 4, 8, 1 << 13, 1 << 14, 1 << 15
 SAY = """

@@ -26,6 +26,8 @@ from mini_bhyve.faults import DB, GP, UD
 from mini_bhyve.operands import RCX, RDX, RSP
 from mini_bhyve.registers import EFER_LMA, EFER_LME, EFER_SCE
 
+pytestmark = pytest.mark.both_readings
+
 R11 = 11
 SYSCALL, SYSRET, SYSRETQ, SYSENTER, SYSEXIT, SYSEXITQ = "0f05", "0f07", "480f07", "0f34", "0f35", "480f35"
 FLAT = seg.PRESENT | seg.CODE_OR_DATA | seg.GRANULAR | seg.ACCESSED

@@ -15,6 +15,8 @@ from unicorn_tools import DATA, WORLDS, Case, Ours, Theirs
 from mini_bhyve.faults import GP, MF, NM, UD, Unsupported
 from mini_bhyve.registers import CR0_EM, CR0_MP, CR0_NE, CR0_TS, CR4_OSFXSR
 
+pytestmark = pytest.mark.both_readings
+
 RSI, RDI = 6, 7
 SOURCE, FIRST, SECOND = DATA, DATA + 0x400, DATA + 0x800
 FXRSTOR, FXSAVE = b"\x0f\xae\x0e", b"\x0f\xae\x07"  # [esi]; [edi]

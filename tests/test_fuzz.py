@@ -17,15 +17,20 @@ pytest.importorskip("unicorn")
 
 import fuzz
 from capstone import x86_const as x86
+from random_programs import INTERRUPT, NMI, VECTORS
 from reproducer import NoCase, from_text, minimise, to_text
+from two_readings import RUNG, Pair
 from unicorn_tools import DATA, RBX, WORLDS, Case
 
 from mini_bhyve import flags as fl
-from mini_bhyve.faults import GuestFault
+from mini_bhyve import interrupts
+from mini_bhyve.faults import DB, PF, GuestFault
 from mini_bhyve.instructions import DEFINITIONS
+from mini_bhyve.translate import Translation, Translator
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_OF = 3 if sys.implementation.name != "pypy" else 15  # cases of a round; PyPy calls Unicorn slowly
+PROGRAMS = 8  # in each world
 COMMAND = [sys.executable, "-m", "tests.fuzz"]
 INC_STC = '{"world": "flat32", "code": "40f9", "registers": {"eax": "0xff"}, "instructions": 2}'  # inc eax; stc
 SMALL = '{"world": "flat32", "code": "11d8", "registers": {"eax": "0x1"}, "flags": "0x3"}'  # adc eax, ebx
@@ -36,9 +41,32 @@ def test_a_round_of_the_fuzzer_finds_nothing(world):
     """The fixed share of what test_instructions_against_unicorn.py does not have: pages of any rights, and blocks."""
     checker = fuzz.Checker()
     others = (case for kind, case in fuzz.cases_in(world, "fixed") if kind != "instructions")
-    for case in itertools.islice(others, 0, None, ONE_OF):
+    programs = (case for _, case in fuzz.programs(world, "fixed", PROGRAMS))
+    for case in itertools.chain(itertools.islice(others, 0, None, ONE_OF), programs):
         part, _, found = checker.check(case)
         assert not found, to_text(part)
+
+
+@pytest.mark.parametrize("world", [WORLDS["flat32"], WORLDS["user64"]], ids=lambda world: world.name)
+def test_a_program_of_the_fuzzer_meets_all_that_it_is_made_for(world, monkeypatch):
+    """Of some of them, at least: else they would prove little."""
+    vectors: set[int] = set()
+    translations: list[Translation] = []
+    dropped: list[Translation] = []
+    deliver, connect, drop = interrupts.deliver, Translation.connect, Translator.drop
+    monkeypatch.setattr(interrupts, "deliver", lambda cpu, *what: (vectors.add(what[0]), deliver(cpu, *what)))
+    monkeypatch.setattr(Translation, "connect", lambda each: (translations.append(each), connect(each)))
+    monkeypatch.setattr(Translator, "drop", lambda each, block: (dropped.extend(block.part_of), drop(each, block)))
+    left = 0
+    for _, case in fuzz.programs(world, "many things", 8):
+        pair = Pair(world)
+        assert not pair.differences(case)
+        left += pair.left
+    assert {DB, NMI, PF, RUNG} - ({RUNG} if world.cpl else set()) <= vectors
+    assert any(INTERRUPT <= vector < VECTORS and vector != RUNG for vector in vectors)
+    assert any(len(each.heads) > 1 for each in translations)
+    assert any(len(each.blocks) > 3 for each in translations)
+    assert dropped and left
 
 
 def redefine(monkeypatch, number: int, function) -> None:
@@ -75,6 +103,25 @@ def test_what_goes_wrong_only_in_one_go_is_noticed(monkeypatch, capsys):
     redefine(monkeypatch, x86.X86_INS_STC, right_at_first)
     assert fuzz.main(["--case", INC_STC]) == 1
     assert capsys.readouterr().out == "alike\ninc eax; stc in flat32: flags in one go: 22, not 23\n"
+
+
+def test_a_broken_translator_is_noticed_and_its_reproducer_reproduces_it(monkeypatch, capsys):
+    failures: list[fuzz.Failure] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(Translator, "store_unaligned", lambda *_: None)
+        checker = fuzz.Checker()
+        for _, case in fuzz.programs(WORLDS["flat32"], "broken", 200):
+            part, _, found = checker.check(case)
+            if found:
+                failures.append(checker.failure(part, found))
+                break
+        said, command = failures[0].text.splitlines()
+        assert " in flat32: translated: after " in said
+        arguments = shlex.split(command)
+        assert fuzz.main(arguments[3:]) == 1
+        assert capsys.readouterr().out == f"{said}\n"
+    assert fuzz.main(arguments[3:]) == 0
+    assert capsys.readouterr().out == "alike\n"
 
 
 # Cases in which Unicorn errs, and what makes them such.
@@ -141,7 +188,7 @@ def test_a_case_is_made_as_small_as_can_be():
 def test_a_case_as_text_is_the_same_case():
     for world in WORLDS.values():
         cases = itertools.islice(fuzz.cases(f"text {world.name}"), 50)
-        for _, case in cases:
+        for _, case in itertools.chain(cases, fuzz.programs(world, "text", 5)):
             assert from_text(to_text(case)) == case
 
 
@@ -162,6 +209,7 @@ def test_a_case_as_text_is_the_same_case():
         ('{"world": "flat32", "code": "90", "memory": {"0x3ffff": "0000"}}', "memory ends"),
         ('{"world": "flat32", "code": "90", "memory": [1]}', "of the wrong kind"),
         ('{"world": "flat32", "code": "90", "rip": 0}', "a case has no 'rip'"),
+        ('{"world": "flat32", "code": "90", "events": [[1, "nmi"]]}', "of the wrong kind"),
         ("[" * 100_000, "of the wrong kind"),
     ],
 )

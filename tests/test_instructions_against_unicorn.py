@@ -18,6 +18,8 @@ from mini_bhyve import flags as fl
 from mini_bhyve.faults import UD
 from mini_bhyve.instructions import DEFINITIONS
 
+pytestmark = pytest.mark.both_readings
+
 # How many cases: for each instruction, each opcode, and of several instructions in a row. PyPy calls Unicorn slowly.
 CASES_PER_INSTRUCTION, CASES_PER_OPCODE, CHAINS = (25, 6, 500) if sys.implementation.name != "pypy" else (6, 2, 100)
 

@@ -42,6 +42,8 @@ from mini_bhyve import segmentation as seg
 from mini_bhyve.faults import GP, NP, SS, TS
 from mini_bhyve.operands import RAX, RBP, RBX, RCX, RDX, RSP
 
+pytestmark = pytest.mark.both_readings
+
 CALL_GATE, BREAK = 12, "cd81"
 CALL = "ff1c25 00900000"  # call far [9000h]; the offset, which a gate overrides, is there, and then the selector
 JMP = "ff2c25 00900000"

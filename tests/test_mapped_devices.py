@@ -14,6 +14,8 @@ from mini_bhyve.faults import PF
 from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import RAX, RBX, RCX, RSP
 
+pytestmark = pytest.mark.both_readings
+
 BASE = 0xD0000000
 CR0_PE_PG = 0x80000001
 

@@ -23,6 +23,8 @@ from unicorn_tools import Case, Ours, Outcome, Theirs, Unusable
 
 from mini_bhyve.faults import PF
 
+pytestmark = pytest.mark.both_readings
+
 P, WR, US, RSVD, ID = (1 << bit for bit in range(5))  # of an error code
 CASES, FETCHES = (1500, 400) if sys.implementation.name != "pypy" else (400, 200)
 

@@ -33,6 +33,8 @@ from mini_bhyve.faults import AC, BR, DE, DF, GP, NMI, NP, OF, PF, SS, TS, UD, T
 from mini_bhyve.operands import RAX, RBX, RCX, RDI, RDX, RSP
 from mini_bhyve.registers import CR0_AM
 
+pytestmark = pytest.mark.both_readings
+
 # --- Loading segment registers (5.6, 5.7) -----------------------------------------------------------------------------
 
 LOAD = "b8 {:02x}000000 {}"  # mov eax, selector; then the load

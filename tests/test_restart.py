@@ -18,6 +18,8 @@ from unicorn_tools import CODE, SIZE, WORLDS, Case, Ours, World
 
 from mini_bhyve.faults import PF
 
+pytestmark = pytest.mark.both_readings
+
 PG, WP, ET, PE, PAE, LONG_MODE = 1 << 31, 1 << 16, 1 << 4, 1, 1 << 5, 1 << 10 | 1 << 8
 PRESENT, WRITABLE, USER, ACCESSED, DIRTY = 1, 2, 4, 1 << 5, 1 << 6
 

@@ -22,6 +22,8 @@ from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import RAX, RBX, RDI, RDX, RSP
 from mini_bhyve.registers import CR0_ET, CR0_PE, CR0_PG, CR0_WP
 
+pytestmark = pytest.mark.both_readings
+
 TABLES = 0x1000, 0x2000  # page directory and table
 REWRITERS = 60 if sys.implementation.name != "pypy" else 30
 

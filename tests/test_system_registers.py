@@ -36,6 +36,8 @@ from mini_bhyve.registers import (
 )
 from mini_bhyve.snapshot_state import restore_state, save_state
 
+pytestmark = pytest.mark.both_readings
+
 RDMSR, WRMSR = "0f32", "0f30"
 ADDRESS, NOT_AN_ADDRESS = 0xFFFF8000_12345678, NOT_CANONICAL
 MISSING = 0xC0000105

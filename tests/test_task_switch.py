@@ -15,6 +15,8 @@ from mini_bhyve.faults import DB, DF, GP, NP, TS
 from mini_bhyve.operands import RAX, RBX, RSP
 from mini_bhyve.registers import CR0_TS
 
+pytestmark = pytest.mark.both_readings
+
 TSS2, TSS3, CODE2, STACK2 = 0x1A00, 0x1B00, 0x8800, 0x5000
 NEW, GATE, SMALL, PAST = 0x38, 0x40, 0x48, 0x50  # selectors: the second task, a task gate, a 16-bit one, a short TSS
 BUSY = seg.BUSY << 40

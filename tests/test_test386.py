@@ -19,6 +19,8 @@ from mini_bhyve.cpu import Cpu
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import ONE_MIB, GuestMemory
 
+pytestmark = pytest.mark.both_readings
+
 DIRECTORY = os.environ.get("TEST386_DIR")
 OUTPUT_PORT, POST_PORT = 0xE9, 0x190
 ALL_PASSED = 0xFF

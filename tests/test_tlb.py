@@ -41,6 +41,8 @@ from mini_bhyve.registers import (
 from mini_bhyve.snapshot_state import restore_state, save_state
 from mini_bhyve.task_switch import LAYOUT_32, NewTask, load_registers
 
+pytestmark = pytest.mark.both_readings
+
 DIRECTORY, TABLE, STACK = 0x10000, 0x11000, 0x9000
 PAGE, OLD, NEW = 0x400000, 0x20000, 0x30000  # a linear page, and two frames that it is mapped to
 HANDLER, IDT = 0x2000, 0x3000

@@ -8,71 +8,34 @@ random instructions, one at a time and in loops, and are stopped at random limit
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("unicorn")  # the worlds are shared with it
 
+import test_xv6
 from random_instructions import Generator, Unfit, forms
 from random_pages import with_pages
+from test_linux import MEGABYTE, linux
 from test_self_modifying_code import COUNTERS, machine, model, rewriting_case, rewriting_program
-from unicorn_tools import CODE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, WORLDS, Case, Ours, Outcome, World
-from vm_tools import assert_same_state, boot, configured, loaded, run_to
+from two_readings import Pair
+from unicorn_tools import CODE, RAX, RBP, RBX, RCX, RDI, RDX, RSI, WORLDS, Case
+from vm_tools import ROOT, assert_same_state, boot, configured, loaded, run_to
 
+from mini_bhyve import segmentation as seg
 from mini_bhyve import translate
 from mini_bhyve.cpu import Cpu
-from mini_bhyve.decode import COLD
+from mini_bhyve.decode import COLD, Block
 from mini_bhyve.faults import VmExit
 from mini_bhyve.instructions import DEFINITIONS
 from mini_bhyve.trees import Reader
 
 TRIES = 1  # of each instruction in each world
 LOOPS = 30
-
-
-class Pair:
-    """Both processors in one world."""
-
-    def __init__(self, world: World, heat: int = 0):
-        self.translated, self.interpreted = Ours(world), Ours(world)
-        self.translated.cpu.translator.heat = heat
-        self.interpreted.cpu.translator.heat = COLD
-        self.left = 0  # how often a translation was left in its middle
-        leave = self.translated.cpu.translator.leave
-
-        def count(error: KeyError) -> None:
-            self.left += 1
-            leave(error)
-
-        self.translated.cpu.translator.leave = count  # type: ignore[method-assign]
-
-    def compare(self, case: Case, stops: list[int]) -> None:
-        """Run it up to each of the stops (so many instructions further on), and compare there."""
-        both = self.translated, self.interpreted
-        for ours in both:
-            ours.begin(case)
-        for stop in stops:
-            a, b = (go_on(ours, stop) for ours in both)
-            if isinstance(a, str):
-                assert a == b, case
-                break
-            assert a._replace(memory=b"") == b._replace(memory=b""), case
-            assert a.memory == b.memory, case
-            assert both[0].cpu.retired == both[1].cpu.retired, case
-            for kind in ("known", "read_tlb", "write_tlb", "read_words", "write_words"):
-                assert getattr(both[0].cpu.mmu, kind) == getattr(both[1].cpu.mmu, kind), (kind, case)
-            if a.vector is not None or both[0].cpu.halted:
-                break
-
-
-def go_on(ours: Ours, stop: int) -> Outcome | str:
-    """What became of it; a sentence if it is the end of the VM."""
-    try:
-        return ours.go_on(stop)
-    except VmExit as end:
-        return str(end)
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
@@ -122,6 +85,17 @@ def test_loops_do_the_same_translated_wherever_they_are_stopped(world, loops=LOO
     assert pair.left
 
 
+@pytest.mark.parametrize(
+    "code",
+    ["83c604 ebfb", "40 89c3 4b 83c004 ebf7", "01c0 91 ebfb", "29d8 93 ebfb", "83c604 e802000000 ebf6 c3"],
+    ids=["add", "mov, dec, add", "add, xchg", "sub, xchg", "call"],
+)
+def test_flags_that_the_next_round_sets_anyway_are_there_if_it_does_not_come(code):
+    """In loops without an end: another round, or else the flags of the last one, made of registers as they were."""
+    case = Case("flat32", bytes.fromhex(code), (0xCB, 0x20, 5, 0, 0x20000, 0, 0xC7, 0), 2)
+    Pair(WORLDS["flat32"]).compare(case, [1, 2, 3, 5, 7, 11] * 5)
+
+
 # --- What may change under a translation ------------------------------------------------------------------------------
 
 
@@ -150,6 +124,63 @@ def test_addresses_of_32_bit_code_in_long_mode_are_cut_to_32_bits():
         reader = Reader(cpu, cpu.mode._replace(long_mode=long_mode))
         address = (reader.regs[RAX].value + reader.regs[RBX].value) & 0xFFFFFFFF
         assert (reader.unwrapped(address) is address) == long_mode
+
+
+@pytest.mark.parametrize(
+    "effects, translated",
+    [("load load store", True), ("store store", True), ("load store store", False), ("store load", False)],
+)
+def test_an_instruction_that_has_stored_must_not_find_out_that_it_has_to_begin_again(effects, translated):
+    """If it has looked before at what it changes, or still has to look at something, it is not translated."""
+
+    def definition(cpu):
+        for place, effect in enumerate(effects.split()):
+            if effect == "load":
+                cpu.load(0x5000 + place * 0x1000, 32)
+            else:
+                cpu.store(0x5000 + place * 0x1000, 0, 32)
+
+    cpu = machine("f4")
+    reader = Reader(cpu, cpu.mode)
+    assert reader.read((definition, (cpu,), CODE + 1), CODE, 0) == translated
+    assert len(reader.way) == (len(effects.split()) if translated else 0)
+
+
+SEGMENTS = {
+    "up to 5FFFh": (0, 0x5FFF, seg.WRITABLE),
+    "with a base, up to 6002h": (0x3000, 0x6002, seg.WRITABLE),
+    "from 6000h downwards": (0, 0x5FFF, seg.WRITABLE | seg.EXPAND_DOWN),
+    "read-only": (0, 0xFFFFFFFF, 0),
+    "code": (0, 0xFFFFFFFF, seg.CODE | seg.READABLE),
+    "code that cannot be read": (0, 0xFFFFFFFF, seg.CODE),
+}
+
+
+@pytest.mark.parametrize("step", ["43", "4b"], ids=["upwards", "downwards"])
+@pytest.mark.parametrize("store", ["8803", "668903", "8903", ""], ids=["byte", "word", "doubleword", "none"])
+@pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
+def test_a_segment_ends_where_it_ends(segment, store, step):
+    """A loop that runs across the end, or stores where that is not allowed: a fault, and here the end of the VM."""
+    # mov ebx, 6000h + or - 20h; mov ecx, 40h; again: inc or dec ebx; mov eax, [ebx]; add edx, eax; mov [ebx], ...
+    begin = "bbe05f0000" if step == "43" else "bb20600000"
+    body = f"{step} 8b03 01c2 {store} 49"
+    program = f"{begin} b940000000 {body} 75{-len(bytes.fromhex(body)) - 2 & 0xFF:02x} f4"
+    outcomes = []
+    for heat in (2, COLD):
+        cpu = machine(program)
+        base, limit, kind = segment
+        access = seg.PRESENT | seg.CODE_OR_DATA | seg.BIG | seg.GRANULAR | kind
+        cpu.segments[seg.DS] = seg.Segment(0x10, base, limit, access)
+        cpu.update_mode()
+        cpu.memory.load(base + 0x5FC0, bytes(range(0x80)))
+        try:
+            run(cpu, heat)
+            end = "halted"
+        except VmExit as error:
+            end = str(error)
+        registers = [register.value for register in cpu.regs]
+        outcomes.append((end, cpu.retired, registers, cpu.eflags, bytes(cpu.memory.ram)))
+    assert outcomes[0] == outcomes[1]
 
 
 def run(cpu: Cpu, heat: int = 0, most: int = 20_000) -> Cpu:
@@ -202,6 +233,27 @@ def test_a_whole_machine_is_the_same_at_any_instant(guest):
         assert_same_state(*both)
     assert both[0].console.output == both[1].console.output
     assert both[0].cpu.translator.translations and not both[1].cpu.translator.translations
+
+
+# --- Both readings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.both_readings
+def test_a_test_that_runs_in_both_readings_is_translated_in_one(reading):
+    cpu = machine("43 f4")  # inc ebx
+    while not cpu.halted:
+        cpu.attention = False
+        cpu.run(10)
+    assert bool(cpu.translator.translations) == (reading == "translated")
+
+
+def test_all_tests_of_the_processor_run_in_both_readings():
+    """Those that `make coverage` names; but one of them has a reading of its own."""
+    makefile = (ROOT / "Makefile").read_text()
+    (names,) = re.findall(r"CPU_TESTS = .*?\.py,((?:.*\\\n)*.*)\)\)", makefile)
+    for name in {*names.replace("\\", "").split()} - {"one_definition"}:
+        text = (ROOT / "tests" / f"test_{name}.py").read_text()
+        assert "\npytestmark = pytest.mark.both_readings\n" in text, name
 
 
 # --- What makes trouble -----------------------------------------------------------------------------------------------
@@ -274,15 +326,57 @@ def test_an_expression_may_be_as_long_as_it_likes(step):
     assert cpu.translator.translations
 
 
-def test_translations_do_not_grow_without_end_and_those_in_use_stay(monkeypatch):
+def rounds_of(loops: int, rounds: int) -> str:
+    """mov edx, rounds; all: (mov ecx, 20; again: dec ecx; jnz again; inc eax), so many of them; dec edx; jnz all"""
+    body = "b914000000 49 75fd 40" * loops
+    return f"ba{number(rounds)} {body} 4a 0f85{number(-len(bytes.fromhex(body)) - 7 & 0xFFFFFFFF)} f4"
+
+
+@pytest.mark.parametrize("loops", [12, 50])
+def test_translations_do_not_grow_without_end_and_those_in_use_stay(loops, monkeypatch):
+    """Also if all of them are in use."""
     monkeypatch.setattr(translate, "MAX_TRANSLATIONS", 8)
-    # mov edx, 3; all: (mov ecx, 20; again: dec ecx; jnz again; inc eax) 50 times; dec edx; jnz all
-    cpu = machine("ba03000000" + "b914000000 49 75fd 40" * 50 + "4a 0f85" + number(-459 & 0xFFFFFFFF) + "f4")
+    cpu, numbers = machine(rounds_of(loops, 6)), set()
+    make = cpu.translator.translate
+
+    def count(block: Block) -> None:
+        make(block)
+        numbers.add(len(cpu.translator.translations))
+
+    monkeypatch.setattr(cpu.translator, "translate", count)
     run(cpu)
-    assert cpu.regs[RAX].value == 150
-    assert 0 < len(cpu.translator.translations) <= 8
+    assert cpu.regs[RAX].value == 6 * loops
+    assert max(numbers) == 8
     for translation in cpu.translator.translations.values():
         assert all(translation in block.part_of for block in translation.blocks)
+
+
+# mov ecx, 20; again: add eax, constant; dec ecx; jnz again; ret
+LOADED, CONSTANT = "b914000000 05 00000000 49 75f8 c3", 6
+
+
+def test_memory_stays_flat_while_a_guest_loads_and_runs_program_after_program(monkeypatch):
+    """The same pages, again and again, with programs that have never been there: most of them will not be back."""
+    monkeypatch.setattr(translate, "MAX_TRANSLATIONS", 16)
+    rounds, size = 600, len(bytes.fromhex(LOADED))
+    # mov ebx, rounds; round: mov edi, ebx; and edi, 3Fh; shl edi, 12; add edi, 20000h; mov ebp, edi
+    load = "89df 83e73f c1e70c 81c700000200 89fd"
+    load += f"be00400000 b9{number(size)} f3a4"  # mov esi, 4000h; mov ecx, size; rep movsb
+    load += f"895d{CONSTANT:02x} ffd5 4b"  # mov [ebp + CONSTANT], ebx; call ebp; dec ebx
+    cpu = machine(f"bb{number(rounds)} {load} 0f85{number(-len(bytes.fromhex(load)) - 6 & 0xFFFFFFFF)} f4")
+    cpu.memory.load(0x4000, bytes.fromhex(LOADED))
+    cpu.translator.heat = 3
+    objects = []
+    while not cpu.halted:
+        cpu.attention = False
+        cpu.run(cpu.retired + 5000)
+        assert len(cpu.translator.translations) <= 16
+        gc.collect()
+        objects.append(len(gc.get_objects()))
+    assert cpu.regs[RAX].value == 20 * sum(range(rounds + 1))
+    assert len(cpu.translator.translations) > 1
+    half = len(objects) // 2
+    assert max(objects[half:]) < 1.05 * max(objects[:half])
 
 
 # --- What the user sees -----------------------------------------------------------------------------------------------
@@ -302,3 +396,33 @@ def test_nothing_is_translated_if_the_user_does_not_want_it():
     vm = loaded(configured(guest="compute", translate="false"), b"")
     run_to(vm, 200_000)
     assert not vm.cpu.translator.translations
+
+
+# --- make soak --------------------------------------------------------------------------------------------------------
+
+PROGRAMS = {
+    "xv6": [b"ls\n", b"wc README\n", b"grep the README\n", b"echo kept > f\n", b"cat README | wc\n", b"rm f\n"],
+    "linux": [b"stress-fork 5\n", b"ls /dev\n", b"ps\n", b"stress-mem 1\n", b"write /f 20000 1\n", b"sum /f\n"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name, rounds", [pytest.param("xv6", 8, marks=test_xv6.pytestmark), ("linux", 24)])
+def test_memory_stays_flat_while_an_operating_system_runs_program_after_program(name, rounds, tmp_path, monkeypatch):
+    monkeypatch.setattr(translate, "MAX_TRANSLATIONS", 100)
+    disk = tmp_path / "empty"
+    disk.write_bytes(bytes(MEGABYTE))
+    guest = test_xv6.xv6() if name == "xv6" else linux(disk)
+    directory = tmp_path / "disks"
+    directory.mkdir()
+    machine = guest.boot(directory, PROGRAMS[name] * rounds)
+    objects: list[int] = []
+    while machine.exit_code is None:
+        machine.run_once()
+        assert len(machine.cpu.translator.translations) <= 100
+        if len(machine.console.prompts) > (len(objects) + 1) * len(PROGRAMS[name]):
+            gc.collect()
+            objects.append(len(gc.get_objects()))
+    assert len(objects) == rounds
+    third, last = objects[rounds // 2 : rounds * 3 // 4], objects[rounds * 3 // 4 :]
+    assert max(last) < 1.05 * max(third), objects

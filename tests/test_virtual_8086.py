@@ -14,6 +14,8 @@ from mini_bhyve import segmentation as seg
 from mini_bhyve.faults import GP, OF, SS, UD
 from mini_bhyve.operands import RAX, RBX, RSP
 
+pytestmark = pytest.mark.both_readings
+
 PROGRAM, PROGRAM_SEGMENT, STACK_SEGMENT = 0x20000, 0x2000, 0x3000
 
 

@@ -17,7 +17,7 @@ import ctypes
 import functools
 import mmap
 import random
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 from unittest import mock
 
 import unicorn
@@ -138,6 +138,14 @@ FS_BASE, GS_BASE = 0x1234, 0x2345  # in 64-bit mode; elsewhere the descriptors s
 Memory = tuple[tuple[int, bytes], ...]  # addresses and what is there
 
 
+class Event(NamedTuple):
+    """What happens to a program from outside; for programs that are run in both readings (two_readings.py)."""
+
+    after: int  # instructions since the event before
+    what: str  # "": no more than a look at the state
+    argument: int = 0
+
+
 class Case(NamedTuple):
     """What to run: the state before it. Its repr is a reproducer."""
 
@@ -150,6 +158,7 @@ class Case(NamedTuple):
     repeats: int = 0  # where the instruction ends if it has a REP prefix
     start: int = CODE  # linear address of the first instruction
     controls: tuple[int, int, int, int] | None = None  # CR0, CR3, CR4, EFER, where they are not the world's
+    events: tuple[Event, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -276,12 +285,16 @@ class Ours:
 
 
 class Ports:
-    """A device that answers at every port, with a value that depends on it, and remembers what was asked of it."""
+    """A device that answers at every port, with a value that depends on it, and remembers what was asked of it.
+
+    Who wants to know what is written at once puts something at `written`.
+    """
 
     ports = range(0x10000)
 
     def __init__(self) -> None:
         self.log: list[tuple[int, int | None]] = []
+        self.written: Callable[[int], object] = lambda port: None
 
     def inb(self, port: int) -> int:
         if port >= 0x10000:
@@ -292,6 +305,7 @@ class Ports:
     def outb(self, port: int, value: int) -> None:
         if port < 0x10000:
             self.log.append((port, value))
+            self.written(port)
 
 
 class Theirs:
