@@ -156,6 +156,14 @@ class Immediate(Operand):
         super().__init__(width)
         self.value = value & self.mask
 
+    @property
+    def constant(self) -> int:
+        return self.value
+
+    def with_constant(self, value: int) -> Immediate:
+        """The same for another constant."""
+        return Immediate(value, self.width)
+
 
 # --- Memory ---------------------------------------------------------------------------------------------------------
 
@@ -198,6 +206,14 @@ class Memory(Operand):
             self.cpu, width, self.segment, self.base, self.index, self.scale, self.displacement + distance,
             self.address_mask.bit_length(),
         )  # fmt: skip
+
+    @property
+    def constant(self) -> int:
+        return self.displacement
+
+    def with_constant(self, displacement: int) -> Memory:
+        """The same for another displacement."""
+        return self.at(displacement - self.displacement, self.width)
 
     @classmethod
     def for_width(cls, width: int) -> type[Memory]:
