@@ -17,6 +17,7 @@ So a pattern that is found at the beginning of the bytes is the right one, and i
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
 
 import capstone
@@ -254,7 +255,7 @@ class Decoder:
 
     def __init__(self, cpu: Cpu):
         self.cpu = cpu
-        self.patterns: dict[tuple[int, bool, bool], dict[bytes, Pattern]] = {}
+        self.patterns: defaultdict[tuple[int, bool, bool], dict[bytes, Pattern]] = defaultdict(dict)
         self.disassemblers = {}
         for size, mode in _CAPSTONE_MODES.items():
             self.disassemblers[size] = capstone.Cs(capstone.CS_ARCH_X86, mode)
@@ -304,7 +305,7 @@ class Decoder:
 
     def patterns_of(self, mode: Mode) -> dict[bytes, Pattern]:
         """The patterns known in a mode, or in one that decodes alike, by their bytes before the constants."""
-        return self.patterns.setdefault((mode.code_size, mode.flat, mode.real), {})
+        return self.patterns[mode.code_size, mode.flat, mode.real]
 
     def disassemble(self, window: bytes, ip: int, prefixes: Prefixes, mode: Mode) -> capstone.CsInsn | None:
         """The first instruction in `window` as capstone sees it; None if there is none."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 import mmap
 import platform
 from collections.abc import Iterable
-from typing import Callable, Protocol
+from typing import Callable, Literal, Protocol
 
 PAGE_SIZE = 4096
 ONE_MIB = 1 << 20
@@ -84,14 +84,14 @@ class Dma:
             start = end
 
 
-def words(ram: memoryview, width: int) -> memoryview:
-    """The same memory as an array of words of 16, 32 or 64 bits."""
+def words(ram: memoryview, letter: Literal["H", "I", "Q"]) -> memoryview:
+    """The same memory as an array of words of 16, 32 or 64 bits, by their letter in the module struct."""
     if platform.python_implementation() == "PyPy":
         # Its compiler knows arrays of C, and needs a tenth of the time for them that it needs for a memoryview.
         import cffi  # (comes with PyPy)
 
-        return cffi.FFI().from_buffer(f"uint{width}_t[]", ram)
-    return ram.cast({16: "H", 32: "I", 64: "Q"}[width])
+        return cffi.FFI().from_buffer({"H": "uint16_t[]", "I": "uint32_t[]", "Q": "uint64_t[]"}[letter], ram)
+    return ram.cast(letter)
 
 
 class GuestMemory:
@@ -109,7 +109,7 @@ class GuestMemory:
         self.size = size
         self.ram = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if ram is None else ram
         self.bytes8 = memoryview(self.ram)
-        self.words16, self.words32, self.words64 = (words(self.bytes8, width) for width in (16, 32, 64))
+        self.words16, self.words32, self.words64 = (words(self.bytes8, letter) for letter in ("H", "I", "Q"))
         self.rom_size = 0
         self.devices: dict[int, MappedDevice] = {}  # by frame
         # What is told of each access to a device; the processor connects it.

@@ -213,7 +213,10 @@ class Memory(Operand):
 
     def with_constant(self, displacement: int) -> Memory:
         """The same for another displacement."""
-        return self.at(displacement - self.displacement, self.width)
+        return type(self)(
+            self.cpu, self.width, self.segment, self.base, self.index, self.scale, displacement,
+            self.address_mask.bit_length(),
+        )  # fmt: skip
 
     @classmethod
     def for_width(cls, width: int) -> type[Memory]:
