@@ -1,14 +1,23 @@
 """Decoding: from bytes to steps that the CPU can run.
 
 capstone is the decoder (Intel SDM vol. 2A, chapter 2, Instruction Format, is what it implements); this file turns what
-it says into the definition and operand objects of this package. That costs tens of microseconds an instruction, so it
-is done once per place: a run of instructions up to the next jump is a `Block`, and blocks are cached.
+it says into the definition and operand objects of this package. That is slow (tens of microseconds an instruction, and
+under PyPy a hundred), so it is done as seldom as may be. Once per place: a run of instructions up to the next jump is a
+`Block`, and blocks are cached. And once for all instructions that begin alike (SDM vol. 2A, figure 2-1):
 
-    bytes -> capstone -> (definition, its arguments, address of the next instruction) -> Block
+    | prefixes | opcode | ModRM | SIB | displacement | immediate |
+    |------- by these we know it -----|------- constants --------|
+
+What the bytes before the constants say is kept as a `Pattern`. No instruction's bytes are the beginning of another's.
+So a pattern that is found at the beginning of the bytes is the right one, and its constants are read from behind it.
+
+    bytes -> Pattern, from those known or by capstone -> (definition, its arguments, address of the next one) -> Block
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
 
 import capstone
@@ -27,6 +36,8 @@ if TYPE_CHECKING:
 
 MAX_INSTRUCTION = 15  # bytes: the architecture's limit (SDM vol. 2A, 2.3.11)
 MAX_BLOCK = 64  # instructions: a pause or an interrupt waits for no more than this
+
+MAX_PATTERNS = 1 << 16  # kept at a time, for each of the modes that make a difference
 
 COLD = 1 << 29  # more often than a block is ever interpreted
 
@@ -198,11 +209,59 @@ def respell(window: bytes, prefixes: Prefixes, mode: Mode) -> bytes | None:
     return plain + window[prefixes.length :] if idle else None
 
 
+# Other constants for an instruction to be tried with, each negative if it has a sign; and another address for it.
+_PROBE, _PROBE_IP = bytes(range(0x81, 0x90)), 0x1234
+
+
+class Constant(NamedTuple):
+    """A displacement or immediate: which operand it belongs to, where its bytes are, and how they are read."""
+
+    operand: int  # its place in the list
+    start: int
+    end: int
+    signed: bool
+    relative: bool  # to the address of the next instruction
+
+    def read(self, code: bytes, next_ip: int) -> int:
+        value = int.from_bytes(code[self.start : self.end], "little", signed=self.signed)
+        return value + next_ip if self.relative else value
+
+    def fits(self, operand: op.Immediate | op.Memory, code: bytes, next_ip: int) -> bool:
+        """Whether it is this constant that makes the operand what it is."""
+        return operand.with_constant(self.read(code, next_ip)).constant == operand.constant
+
+
+class Pattern(NamedTuple):
+    """What is alike in instructions that begin alike: all but where they are, and their constants."""
+
+    definition: Definition
+    encoding: Encoding  # but for its addresses
+    operands: list[Any]  # with the constants of the first such instruction
+    constants: list[Constant]
+    size: int  # of the instruction, in bytes
+    ends_block: bool
+
+    def step(self, cpu: Cpu, code: bytes, ip: int, mode: Mode) -> Step:
+        """The instruction at `ip` whose bytes `code` begins with."""
+        next_ip = _wrap(ip + self.size, mode)
+        operands = self.operands
+        if self.constants:
+            operands = operands[:]
+            for constant in self.constants:
+                old = operands[constant.operand]
+                operands[constant.operand] = old.with_constant(constant.read(code, next_ip))
+        if self.definition.encoded:
+            encoding = self.encoding._replace(ip=_wrap(ip, mode), next_ip=next_ip)
+            return self.definition.function, (cpu, encoding, *operands), next_ip
+        return self.definition.function, (cpu, *operands), next_ip
+
+
 class Decoder:
     """Makes blocks for one CPU."""
 
     def __init__(self, cpu: Cpu):
         self.cpu = cpu
+        self.patterns: defaultdict[tuple[int, bool, bool], dict[bytes, Pattern]] = defaultdict(dict)
         self.disassemblers = {}
         for size, mode in _CAPSTONE_MODES.items():
             self.disassemblers[size] = capstone.Cs(capstone.CS_ARCH_X86, mode)
@@ -222,20 +281,37 @@ class Decoder:
         ends_block = False
         while offset < len(code) and len(steps) < longest and not ends_block:
             window = code[offset : offset + MAX_INSTRUCTION]
-            prefixes = read_prefixes(window, mode)
-            insn = self.disassemble(window, ip + offset, prefixes, mode)
+            instruction = self.instruction(window, ip + offset, mode)
             ips.append(_wrap(ip + offset, mode))
-            if insn is not None:
-                step, ends_block = self.step(insn, prefixes, mode)
-                offset = insn.address + insn.size - ip
+            if instruction is not None:
+                step, size, ends_block = instruction
+                offset += size
             elif len(window) < MAX_INSTRUCTION:
                 ips.pop()  # it may go on in the next page: let it be the first of a block of its own
                 break
             else:
-                step = self.unknown(code[offset : offset + 2 * MAX_INSTRUCTION], ip + offset, prefixes, mode)
+                step = self.unknown(code[offset : offset + 2 * MAX_INSTRUCTION], ip + offset, mode)
                 offset, ends_block = offset + 1, True
             steps.append(step)
         return (steps, tuple(ips), offset) if steps else None
+
+    def instruction(self, window: bytes, ip: int, mode: Mode) -> tuple[Step, int, bool] | None:
+        """The first instruction in `window`: step, size, and whether the block ends with it. None if there is none."""
+        patterns = self.patterns_of(mode)
+        for length in range(1, len(window) + 1):
+            pattern = patterns.get(window[:length])
+            if pattern is not None and pattern.size <= len(window):
+                return pattern.step(self.cpu, window, ip, mode), pattern.size, pattern.ends_block
+        prefixes = read_prefixes(window, mode)
+        insn = self.disassemble(window, ip, prefixes, mode)
+        if insn is None:
+            return None
+        step, ends_block = self.step(insn, window, prefixes, mode)
+        return step, insn.address + insn.size - ip, ends_block
+
+    def patterns_of(self, mode: Mode) -> dict[bytes, Pattern]:
+        """The patterns known in a mode, or in one that decodes alike, by their bytes before the constants."""
+        return self.patterns[mode.code_size, mode.flat, mode.real]
 
     def disassemble(self, window: bytes, ip: int, prefixes: Prefixes, mode: Mode) -> capstone.CsInsn | None:
         """The first instruction in `window` as capstone sees it; None if there is none."""
@@ -257,8 +333,9 @@ class Decoder:
                 insn = next(machine.disasm(known, ip + len(window) - len(known), 1), insn)
         return insn
 
-    def unknown(self, code: bytes, ip: int, prefixes: Prefixes, mode: Mode) -> Step:
+    def unknown(self, code: bytes, ip: int, mode: Mode) -> Step:
         """The step for bytes that capstone takes for no instruction."""
+        prefixes = read_prefixes(code[:MAX_INSTRUCTION], mode)
         next_ip = _wrap(ip + 1, mode)
         if self.is_too_long(code, prefixes, mode):
             return _too_long, (), next_ip
@@ -277,8 +354,8 @@ class Decoder:
         insn = self.disassemble(window[:MAX_INSTRUCTION], 0, read_prefixes(window, mode), mode)
         return insn is not None and prefixes.length - len(once) + insn.size > MAX_INSTRUCTION
 
-    def step(self, insn: capstone.CsInsn, prefixes: Prefixes, mode: Mode) -> tuple[Step, bool]:
-        """One instruction: what to call, with what, and whether the block ends with it."""
+    def step(self, insn: capstone.CsInsn, window: bytes, prefixes: Prefixes, mode: Mode) -> tuple[Step, bool]:
+        """One instruction: what to call, with what, and whether the block ends with it. Its pattern is kept."""
         number = insn.id
         # capstone tells a far jump or call through memory from a near one only in some operand sizes.
         if insn.opcode[0] == 0xFF:
@@ -297,10 +374,43 @@ class Decoder:
             operands = self.operands(insn, number, encoding, mode)
         except GuestFault:
             return (_undefined, (), encoding.next_ip), True
-        leading = (self.cpu, encoding) if definition.encoded else (self.cpu,)
         # What changes a segment, control or debug register may change the mode that the rest was decoded for.
         ends_block = definition.ends_block or any(isinstance(operand, op.SpecialRegister) for operand in operands)
-        return (definition.function, (*leading, *operands), encoding.next_ip), ends_block
+        pattern = Pattern(definition, encoding, operands, [], insn.size, ends_block)
+        if window.startswith(insn.bytes):  # and is not in another spelling
+            constants = self.constants(insn, number, prefixes, mode)
+            patterns = self.patterns_of(mode)
+            if len(patterns) >= MAX_PATTERNS:
+                patterns.clear()
+            patterns[window[: constants[0].start if constants else insn.size]] = pattern._replace(constants=constants)
+        return pattern.step(self.cpu, window, insn.address, mode), ends_block
+
+    def constants(self, insn: capstone.CsInsn, number: int, prefixes: Prefixes, mode: Mode) -> list[Constant]:
+        """The constants of an instruction: at most a displacement and an immediate behind it.
+
+        How they are to be read shows if capstone reads others in their place. None if it is not clear: ENTER has two
+        immediates, and behind some idle prefixes capstone is wrong about the size of a displacement.
+        """
+        kinds = [operand.type for operand in insn.operands]
+        sizes = [(x86.X86_OP_MEM, insn.disp_size), (x86.X86_OP_IMM, insn.imm_size)]
+        start = insn.size - insn.disp_size - insn.imm_size
+        code = bytes(insn.bytes[:start]) + _PROBE[: insn.size - start]
+        probe = self.disassemble(code, _PROBE_IP, prefixes, mode) if start < insn.size else None
+        if probe is None or probe.id != insn.id or [operand.type for operand in probe.operands] != kinds:
+            return []
+        if any(kinds.count(kind) != 1 for kind, size in sizes if size):
+            return []
+        encoding = encode(probe, number, prefixes, mode)
+        operands: list[Any] = self.operands(probe, number, encoding, mode)
+        constants = []
+        for kind, size in sizes:
+            if size:
+                place = kinds.index(kind)
+                ways = itertools.product((False, True), repeat=2)
+                readings = [Constant(place, start, start + size, signed, relative) for signed, relative in ways]
+                constants += [each for each in readings if each.fits(operands[place], code, encoding.next_ip)][:1]
+                start += size
+        return constants if len(constants) == sum(size > 0 for _, size in sizes) else []
 
     def operands(self, insn: capstone.CsInsn, number: int, encoding: Encoding, mode: Mode) -> list[op.Operand]:
         """The operand objects of one instruction, in the order of the manual (and of Intel's syntax).

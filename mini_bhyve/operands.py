@@ -156,6 +156,14 @@ class Immediate(Operand):
         super().__init__(width)
         self.value = value & self.mask
 
+    @property
+    def constant(self) -> int:
+        return self.value
+
+    def with_constant(self, value: int) -> Immediate:
+        """The same for another constant."""
+        return Immediate(value, self.width)
+
 
 # --- Memory ---------------------------------------------------------------------------------------------------------
 
@@ -196,6 +204,17 @@ class Memory(Operand):
         """The memory operand `distance` bytes further on, for instructions that take two values from one place."""
         return type(self).for_width(width)(
             self.cpu, width, self.segment, self.base, self.index, self.scale, self.displacement + distance,
+            self.address_mask.bit_length(),
+        )  # fmt: skip
+
+    @property
+    def constant(self) -> int:
+        return self.displacement
+
+    def with_constant(self, displacement: int) -> Memory:
+        """The same for another displacement."""
+        return type(self)(
+            self.cpu, self.width, self.segment, self.base, self.index, self.scale, displacement,
             self.address_mask.bit_length(),
         )  # fmt: skip
 

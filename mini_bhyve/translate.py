@@ -57,6 +57,7 @@ the contrary is taken for granted. What cannot be translated so, such as what ch
 from __future__ import annotations
 
 import pathlib
+import platform
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
@@ -111,7 +112,9 @@ from mini_bhyve.trees import (
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
 
-HOT = 300  # times that a block is interpreted before it is translated: that costs as much as some hundred runs of it
+# Times that a block is interpreted before it is translated: that costs as much as some hundred runs of it. (PyPy
+# compiles the interpreter, too, and each translation costs it a compilation of its own: there it pays later.)
+HOT = 10_000 if platform.python_implementation() == "PyPy" else 300
 SLICE = 10_000  # instructions at a time: a pause or an interrupt from another thread waits for no more than this
 MAX_TRANSLATIONS = 1000  # kept at a time
 

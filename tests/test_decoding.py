@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 pytest.importorskip("unicorn")  # the worlds are shared with it
@@ -9,7 +11,9 @@ pytest.importorskip("unicorn")  # the worlds are shared with it
 from unicorn_tools import CODE, DATA, RBX, RCX, RSP, WORLDS, Case, Ours, Theirs
 
 from mini_bhyve import flags as fl
+from mini_bhyve import operands as op
 from mini_bhyve.cpu import Cpu
+from mini_bhyve.decode import Decoder
 from mini_bhyve.faults import GP, UD
 from mini_bhyve.inout import IoPorts
 from mini_bhyve.memory import GuestMemory
@@ -32,6 +36,52 @@ def case(name: str, code: bytes, flags: int = 2) -> Case:
     if WORLDS[name].bits == 16:
         registers[RBX], registers[RSP] = 0x100, 0x4000
     return Case(name, code, tuple(registers), flags)
+
+
+# --- What begins alike ------------------------------------------------------------------------------------------------
+
+
+def parts(argument):
+    """An argument of a step as something that can be compared."""
+    if isinstance(argument, op.Register) or not isinstance(argument, op.Operand):
+        return argument
+    slots = [name for kind in type(argument).__mro__ for name in getattr(kind, "__slots__", ())]
+    return type(argument), [getattr(argument, name) for name in slots]
+
+
+def decoded(decoder: Decoder, code: bytes, ip: int):
+    instruction = decoder.instruction(code, ip, decoder.cpu.mode)
+    if instruction is None:
+        return None
+    (function, arguments, next_ip), size, ends_block = instruction
+    return function, [parts(argument) for argument in arguments], next_ip, size, ends_block
+
+
+@pytest.mark.parametrize("name", ["real", "flat32", "based32", "code16", "long64"])
+def test_an_instruction_is_decoded_alike_whatever_was_decoded_before(ours, name):
+    ours[name].begin(case(name, b""))
+    cpu, rng = ours[name].cpu, random.Random(name)
+    used, fresh = Decoder(cpu), Decoder(cpu)
+    # Opcodes with all kinds of constants, prefixes, and constants at their edges are more frequent than other bytes.
+    frequent = bytes.fromhex("6b 69 6a 68 70 80 81 83 8b a1 a3 b8 c0 c1 c2 c6 c7 c8 cd e4 e8 ea eb f6 f7 0f 84 a4 ba")
+    frequent += bytes.fromhex("66 67 48 4c f2 f3 65 2e 00 00 ff ff 7f 80 05 25 44 84")
+    for _ in range(800):
+        beginning = bytes(rng.choice((rng.randrange(256), *rng.choices(frequent, k=2))) for _ in range(15))
+        for _ in range(3):
+            kept = rng.randrange(1, 15)
+            code = beginning[:kept].ljust(15, bytes([rng.choice((0, 0x7F, 0x80, 0xFF, rng.randrange(256)))]))
+            ip = rng.choice((0x1000, 0xFFF0))
+            fresh.patterns.clear()
+            assert decoded(used, code, ip) == decoded(fresh, code, ip), code.hex(" ")
+
+
+def test_what_is_not_whole_is_no_instruction_even_if_one_like_it_is_known(ours):
+    ours["flat32"].begin(case("flat32", b""))
+    decoder = Decoder(ours["flat32"].cpu)
+    whole = bytes.fromhex("81 05 00 20 00 00 78 56 34 12")  # add dword [0x2000], 0x12345678
+    assert decoder.instruction(whole, 0x1000, decoder.cpu.mode) is not None
+    for size in range(len(whole)):
+        assert decoder.instruction(whole[:size], 0x1000, decoder.cpu.mode) is None
 
 
 # --- VEX (SDM vol. 2A, 2.3.1 to 2.3.6) --------------------------------------------------------------------------------
