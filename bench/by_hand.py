@@ -171,7 +171,7 @@ def merge_sort(links: Link | None) -> Link | None:
     if links is None or links.next is None:
         return links
     middle = links
-    end = links.next
+    end: Link | None = links.next
     while end is not None and end.next is not None:
         middle = middle.next  # type: ignore[assignment]  # (it is behind the end: there is a next)
         end = end.next.next
