@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = f"{platform.python_implementation()} {platform.python_version()}"
 NO_PYPY = "no PyPy here: make bench PYTHON=pypy3 sets it up"
 
-# What the figures should be is said for CPython. PyPy's compiler does so well on plain Python that there is no comparing
-# with that.
+# What the figures should be is said for CPython. PyPy's compiler does so well on plain Python that there is no use in
+# comparing with that.
 JUDGED = platform.python_implementation() == "CPython"
 
 
