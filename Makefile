@@ -8,7 +8,7 @@ VENV   := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 IN_VENV = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak fuzz coverage docs bench bench-guests bench-snapshots guests linux-guest lint clean
+.PHONY: help demo test soak fuzz coverage docs bench bench-snapshots guests linux-guest lint clean
 .NOTPARALLEL:  # two pip must not write into one environment
 .DELETE_ON_ERROR:
 
@@ -31,8 +31,8 @@ MINUTES ?= 5
 
 # What proves the instructions, without what needs a VM around them.  In one process: a tracer has to see all of it.
 CPU_TESTS = $(addprefix tests/test_,$(addsuffix .py,core_corners cpuid debug_exceptions fast_calls fpu_state \
-    instructions_against_unicorn long_mode_transfers one_definition privilege restart system_registers task_switch \
-    virtual_8086))
+    instructions_against_unicorn long_mode_transfers one_definition privilege restart string_moves system_registers \
+    task_switch virtual_8086))
 
 coverage: $(VENV)/.installed-coverage  ## show the lines of the instruction files that the tests of the CPU do not reach
 	$(IN_VENV) -m coverage run -m pytest -q -p no:cacheprovider $(CPU_TESTS)
@@ -41,11 +41,8 @@ coverage: $(VENV)/.installed-coverage  ## show the lines of the instruction file
 docs: $(VENV)/.installed-docs  ## build the documentation in docs/_build/html
 	$(IN_VENV) -m sphinx -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/.installed  ## measure translator and interpreter against the same work by hand in Python
+bench: $(VENV)/.installed-bench  ## measure how fast all this is, against Python, Unicorn and QEMU
 	$(IN_VENV) bench/bench.py
-
-bench-guests: $(VENV)/.installed  ## measure how long xv6 and Linux take to boot, here and on QEMU
-	$(IN_VENV) bench/guests.py
 
 bench-snapshots: $(VENV)/.installed  ## measure how long guests stand still for a checkpoint, and how soon they are back
 	$(IN_VENV) bench/snapshots.py
@@ -62,7 +59,7 @@ lint: $(VENV)/.installed-lint  ## check style, types, and who imports whom
 	$(VENV)/bin/lint-imports --no-logo
 
 clean:  ## remove everything made here, the virtual environments too
-	rm -rf .venv .venv-* docs/_build guests/build bench/results.json build *.egg-info
+	rm -rf .venv .venv-* docs/_build guests/build build *.egg-info
 	rm -rf .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -15,6 +15,7 @@ extensions = [
     "sphinx.ext.viewcode",  # the source as pages, a link beside each name
     "sphinxarg.ext",  # the command lines from their parsers
     "config_variables",
+    "figures",
     "instruction_table",
     "plain_docstrings",
     "source_links",

@@ -70,7 +70,7 @@ class Cpu(MemoryAccess):
         "_system_flags", "acknowledge_interrupt", "attention", "bytes8", "claim_x87", "clock", "code",
         "code_cache", "code_limit", "code_size", "cpl", "cr0", "cr2", "cr3", "cr4", "cr8", "debug", "efer", "fetched",
         "flags", "flat_stack", "fpu", "gdtr_base", "gdtr_limit", "halted", "idtr_base", "idtr_limit",
-        "interrupt_line", "interrupts_from", "ip", "ldtr", "linear_mask", "long_mode", "memory", "mmu", "mode",
+        "interrupt_line", "interrupts_from", "ip", "ldtr", "limit", "linear_mask", "long_mode", "memory", "mmu", "mode",
         "msrs", "next_ip", "nmi_blocked", "nmi_pending", "ports", "read_tlb", "read_words", "regs", "retired",
         "running", "segments", "stack_mask", "task_priority_changed", "tell_absent", "tr", "translator", "traps_from",
         "tsc_offset", "user_access", "words16", "words32", "words64", "write_tlb",
@@ -101,6 +101,7 @@ class Cpu(MemoryAccess):
         self.claim_x87 = False  # CPUID tells of an x87 (see `Start`)
         self.attention = False  # set, from any thread, to make run() return soon
         self.retired = 0  # instructions executed up to the beginning of the running block
+        self.limit = 0  # where in this count run_blocks() will stop
         self.running: Block | None = None
         # RAX ... RDI are as wide as the mode says; R8 ... R15 keep their 64 bits. The last is always zero.
         self.regs = [Register(32) for _ in range(8)] + [Register(64) for _ in range(9)]
@@ -543,6 +544,7 @@ class Cpu(MemoryAccess):
         if there are instructions enough left, unless that has just been left in its middle: then the interpreter must
         do the next instruction.
         """
+        self.limit = limit
         just_left = False
         while self.retired < limit and not self.attention:
             try:

@@ -218,7 +218,7 @@ def test_a_page_that_is_mapped_elsewhere_is_found_there(program, expected):
     assert cpu.translator.translations
 
 
-@pytest.mark.parametrize("guest", ["counter", "shell", "long64", "compute"])
+@pytest.mark.parametrize("guest", ["counter", "shell", "long64", "compute", "calls"])
 def test_a_whole_machine_is_the_same_at_any_instant(guest):
     """With interrupts from the timer, a user at the console, system calls, and whatever else these guests do."""
     both = [boot(guest, b"help\n\0\0count\n\0\0\0ticks\n") for _ in range(2)]

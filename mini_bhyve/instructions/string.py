@@ -7,9 +7,13 @@ Each moves its pointers by the size of an element, upwards or, with DF set, down
 elements.
 
 A repeated instruction can be interrupted between two elements: the registers say how far it has come, and the same
-instruction goes on afterwards. Here a repeat does a limited stretch at a time, and "jumps" to itself until it is done.
-While the guest is being debugged a stretch is one element, as each has its trap. The data decides how long it takes, so
-all of these are called, never inlined.
+instruction goes on afterwards. Here a repeat is done in stretches, each of which counts as one instruction, and "jumps"
+to itself until it is done. While the guest is being debugged a stretch is one element, as each has its trap. The data
+decides how long it takes, so all of these are called, never inlined.
+
+MOVS and STOS are what memory is copied and filled with, and Python is quick at that: one slice does for all pages that
+follow one another in RAM as they do in the guest's addresses. It is worth the more, the longer it is. So many stretches
+are done in one go, as long as nothing is due between them.
 """
 
 from __future__ import annotations
@@ -18,13 +22,15 @@ from mini_bhyve import flags as fl
 from mini_bhyve import segmentation as seg
 from mini_bhyve.instructions.definition import instruction
 from mini_bhyve.instructions.miscellaneous import check_port_allowed
-from mini_bhyve.memory import PAGE_SIZE
 from mini_bhyve.operands import MASKS, RAX, RCX, RDI, RDX, RSI
 
-# Elements done in one go: between two stretches interrupts and pauses get their turn, so it should last no more than a
+# Elements in a stretch: between two of them interrupts and pauses get their turn, so it should last no more than a
 # millisecond. How many it is follows from the instruction and the registers alone, never from what is in the TLB: each
 # stretch counts as one instruction, and runs must repeat.
 STRETCH, BULK_STRETCH = 256, 4096
+# Stretches that may be done in one go, which is so only where no interrupt can come between them.
+MAX_STRETCHES = 64
+PATTERN = 1 << 16  # bytes with which memory is filled at a time: few enough for a cache of the host
 
 
 class StringOperation:
@@ -63,40 +69,48 @@ class StringOperation:
         return self.cpu.regs[RCX].value & self.address_mask
 
 
-def repeat(cpu, encoding, operation, one, compares=False, bulk=None, bulk_stretch=STRETCH):
+def repeat(cpu, encoding, operation, one, compares=False, bulk=None, moves=False):
     """Run `one(operation)` once, or under REP a stretch of times; a comparison also ends it (SDM vol. 2B, REP).
 
     `bulk(operation, limit)`, if given, may do up to `limit` elements at once; it returns how many it did, 0 for "not
-    here". `bulk_stretch` is the stretch upwards.
+    here". What only moves memory upwards (`moves`) does many stretches, if nothing is due in between.
     """
     if not encoding.repeat:
         one(operation)
         return
+    stretch, stretches = STRETCH, 1
     if cpu.single_steps:
-        left = 1
-    else:
-        left = bulk_stretch if operation.step > 0 else STRETCH
+        stretch = 1
+    elif moves and operation.step > 0:
+        stretch, stretches = BULK_STRETCH, min(cpu.limit - cpu.instructions, MAX_STRETCHES)
     cpu.system_flags &= ~fl.RF
-    while operation.count and left:
-        elements = bulk(operation, left) if bulk else 0
+    before, done, limit = cpu.retired, 0, stretch * stretches
+    while operation.count and done < limit:
+        cpu.retired = before + done // stretch  # what comes next may fault, or ask a device what time it is
+        elements = bulk(operation, limit - done) if bulk else 0
         if not elements:
             one(operation)
             elements = 1
         operation.count_down(elements)
-        left -= elements
+        done += elements
         if compares and fl.zero(cpu.flags) != (encoding.repeat == "rep"):
             return
+        if cpu.attention:  # somebody wants to be heard: no further than the end of this stretch
+            limit = -(-done // stretch) * stretch
+    if done > stretch:
+        cpu.retired = before + (done - 1) // stretch  # (the run loop counts the last one)
+        cpu.code_cache.end_running()
     if operation.count:
         cpu.branch(True, encoding.ip)
         cpu.system_flags |= fl.RF  # whoever comes in between returns to an instruction that has begun (17.3.1.1)
 
 
-def _define_string(name, one, compares=False, bulk=None, bulk_stretch=STRETCH, suffixes="bwdq"):
+def _define_string(name, one, compares=False, bulk=None, moves=False, suffixes="bwdq"):
     """Define an instruction for each element size: "movs" -> movsb, movsw, movsd, movsq."""
     for suffix, width in zip(suffixes, (8, 16, 32, 64)):
 
         def string(cpu, encoding, *operands, width=width):
-            repeat(cpu, encoding, StringOperation(cpu, encoding, width), one, compares, bulk, bulk_stretch)
+            repeat(cpu, encoding, StringOperation(cpu, encoding, width), one, compares, bulk, moves)
 
         string.__doc__ = one.__doc__
         instruction(name + suffix, encoded=True, ends_block=True, data_decides=True)(string)
@@ -126,10 +140,10 @@ def _lods(operation):
 
 
 def _elements_in_place(operation, limit, registers):
-    """How many elements, `limit` at most, can be done at once: upwards, on one page of plain RAM, within the segments.
+    """How many elements, `limit` at most, can be done at once: upwards, side by side in plain RAM, within the segments.
 
-    The result is [count, offset in RAM ...], or None where one element at a time must do: downwards, across a page's
-    end, on pages that the TLB does not hold, or where alignment is checked.
+    The result is [count, offset in RAM ...], or None where one element at a time must do: downwards, across the end of
+    such pages, on pages that the TLB does not hold, or where alignment is checked.
     """
     cpu, size = operation.cpu, operation.width // 8
     if operation.step < 0 or cpu.alignment_checked:
@@ -138,46 +152,58 @@ def _elements_in_place(operation, limit, registers):
     for register, segment, writing in registers:
         offset = cpu.regs[register].value & operation.address_mask
         address = cpu.linear(segment, offset, size, writing)
-        on_page = min(PAGE_SIZE - address % PAGE_SIZE, operation.address_mask + 1 - offset)
+        length = min(count * size, operation.address_mask + 1 - offset)
         if cpu.code_size != 64:
-            on_page = min(on_page, cpu.segments[segment].last + 1 - offset)
-        difference = (cpu.write_tlb if writing else cpu.read_tlb).get(address >> 12)
-        if difference is None or on_page < size:
+            length = min(length, cpu.segments[segment].last + 1 - offset)
+        look_up = (cpu.write_tlb if writing else cpu.read_tlb).get
+        difference, end = look_up(address >> 12), address + length
+        if difference is None:
             return None
-        count = min(count, on_page // size)
+        for page in range((address >> 12) + 1, (end - 1 >> 12) + 1):
+            if look_up(page) != difference:
+                end = page << 12
+                break
+        count = min(count, (end - address) // size)
+        if not count:
+            return None
         places.append(address + difference)
     return [count, *places]
 
 
 def _movs_bulk(operation, limit):
-    """A stretch of MOVS as one slice copy, if the destination does not overlap the source from above."""
+    """MOVS as one slice copy."""
     place = _elements_in_place(operation, limit, ((RSI, operation.encoding.segment, False), (RDI, seg.ES, True)))
     if place is None:
         return 0
     count, source, destination = place
-    length = count * operation.width // 8
-    if source < destination < source + length:
-        return 0  # each element copied is read again later: the way to fill memory with a pattern
-    ram = operation.cpu.bytes8
-    ram[destination : destination + length] = bytes(ram[source : source + length])
+    length, distance, ram = count * operation.step, destination - source, operation.cpu.bytes8
+    if not 0 < distance < length:
+        ram[destination : destination + length] = ram[source : source + length]
+    elif distance < operation.step:
+        return 0
+    else:  # what has been copied is copied again later: the way to fill memory with a pattern
+        ram[destination : destination + length] = (bytes(ram[source:destination]) * (length // distance + 1))[:length]
     operation.advance(RSI, count)
     operation.advance(RDI, count)
     return count
 
 
 def _stos_bulk(operation, limit):
+    """STOS as a few slices."""
     place = _elements_in_place(operation, limit, ((RDI, seg.ES, True),))
     if place is None:
         return 0
     count, destination = place
-    element = (operation.cpu.regs[RAX].value & MASKS[operation.width]).to_bytes(operation.width // 8, "little")
-    operation.cpu.bytes8[destination : destination + count * len(element)] = element * count
+    element = (operation.cpu.regs[RAX].value & MASKS[operation.width]).to_bytes(operation.step, "little")
+    end, pattern = destination + count * operation.step, element * min(count, PATTERN // operation.step)
+    for start in range(destination, end, len(pattern)):
+        operation.cpu.bytes8[start : min(start + len(pattern), end)] = pattern[: end - start]
     operation.advance(RDI, count)
     return count
 
 
-_define_string("movs", _movs, bulk=_movs_bulk, bulk_stretch=BULK_STRETCH)
-_define_string("stos", _stos, bulk=_stos_bulk, bulk_stretch=BULK_STRETCH)
+_define_string("movs", _movs, bulk=_movs_bulk, moves=True)
+_define_string("stos", _stos, bulk=_stos_bulk, moves=True)
 _define_string("lods", _lods)
 
 

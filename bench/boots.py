@@ -1,38 +1,39 @@
-"""How long real operating systems take to boot, here and on QEMU: `make bench-guests`.
+"""How long real operating systems take to boot, here and on QEMU.
 
-xv6 and Linux, from power-on to their first prompt, on this machine under every Python that has a virtual environment
-in this tree (`make bench-guests PYTHON=pypy3` adds PyPy's), and on QEMU without hardware virtualization. Each boot is a
-process of its own, which begins with nothing compiled. Where the guests are looked for says docs/guests.rst.
+xv6 and Linux, from power-on to their first prompt, on this machine under CPython and, where it is, PyPy; and on QEMU
+without hardware virtualization. Each boot is a process of its own, which begins with nothing compiled. Where the guests
+are looked for says docs/guests.rst.
 
-The table has the best of some boots, once in seconds of CPU time, of which other programs take none, and once by the
-clock on the wall. QEMU's guests wait for real; ours move their clock forward.
+The ratios are of the clock on the wall: that is what somebody waits for. QEMU's guests wait for real, ours move their
+clock forward; and on QEMU a BIOS runs before xv6.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
-from rich.console import Console
-from rich.table import Table
+from measuring import HERE, JUDGED, NO_PYPY, Row, give_up, in_process, median_ratio, pypy
 
 from mini_bhyve.config import Config
 from mini_bhyve.console import ScriptedConsole
 from mini_bhyve.machine import ExitCode, Machine
 
-ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-bhyve"
 TURNS = 3
+MOST = {"linux": 10, "xv6": 6}  # times as long as QEMU
+MOST_PYPY = {"linux": 1}  # times as long as CPython
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def xv6() -> Guest:
         variables[f"pci.0.{number + 1}.0.device"] = "ide"
         variables[f"pci.0.{number + 1}.0.path"] = str(directory / name)
         qemu += ["-drive", f"file={directory / name},index={number},media=disk,format=raw"]
-    return Guest("xv6", directory, ("xv6.img", "fs.img"), b"init: starting sh\n$ ", variables, qemu)
+    return Guest("xv6 to $", directory, ("xv6.img", "fs.img"), b"init: starting sh\n$ ", variables, qemu)
 
 
 def linux() -> Guest:
@@ -68,7 +69,8 @@ def linux() -> Guest:
     # QEMU boots no vmlinux of 64 bits; what is unpacked here by the host, it has the guest unpack.
     qemu = ["qemu-system-x86_64", "-M", "microvm,acpi=off", "-device", "i8042", "-m", "64", "-nodefaults"]
     qemu += ["-kernel", str(directory / "bzImage"), "-initrd", initrd, "-append", command_line]
-    return Guest("Linux", directory, ("vmlinux", "bzImage", "initrd.cpio"), b"\r\n# ", variables, qemu)
+    files = "vmlinux", "bzImage", "initrd.cpio"
+    return Guest("Linux 6.1 from vmlinux to init's prompt", directory, files, b"\r\n# ", variables, qemu)
 
 
 GUESTS = {"xv6": xv6, "linux": linux}
@@ -90,6 +92,20 @@ class UntilPrompt(ScriptedConsole):
             self.on_leave("the prompt")
 
 
+class Timed:
+    """A function, and how many seconds of CPU time have been spent in it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        start = time.process_time()
+        try:
+            return self.function(*arguments)
+        finally:
+            self.seconds += time.process_time() - start
+
+
 def boot_here(guest: Guest, scratch: str) -> dict[str, Any]:
     """Boot a guest in this process, from copies of its disks in the directory `scratch`."""
     wall, cpu = time.monotonic(), time.process_time()
@@ -102,13 +118,18 @@ def boot_here(guest: Guest, scratch: str) -> dict[str, Any]:
     machine = Machine(config, console)
     console.on_leave = lambda reason: machine.stop(ExitCode.POWEROFF, reason)
     machine.load()
+    decoder, translator = machine.cpu.code_cache.decoder, machine.cpu.translator
+    decode, translate = Timed(decoder.decode), Timed(translator.translate)
+    decoder.decode, translator.translate = decode, translate  # type: ignore[assignment, method-assign]
     machine.run()
     if machine.reason != "the prompt":
-        sys.exit(f"{guest.name} did not come to its prompt: {machine.reason}")
+        give_up(f"{guest.name} did not come to its prompt: {machine.reason}")
     return {
         "instructions": machine.cpu.retired,
         "cpu": time.process_time() - cpu,
         "wall": time.monotonic() - wall,
+        "decoding": decode.seconds,
+        "translating": translate.seconds,
     }
 
 
@@ -120,7 +141,7 @@ def boot_on_qemu(guest: Guest) -> dict[str, Any]:
         while not output.endswith(guest.prompt):
             data = os.read(qemu.stdout.fileno(), 4096)
             if not data:
-                sys.exit(f"{guest.name} did not come to its prompt on QEMU")
+                give_up(f"{guest.name} did not come to its prompt on QEMU")
             output += data
         wall = time.monotonic() - wall
         qemu.kill()
@@ -136,58 +157,50 @@ def cpu_of_children() -> float:
 # --- All of them ------------------------------------------------------------------------------------------------------
 
 
-def pythons() -> dict[str, Path]:
-    """The Pythons with a virtual environment in which a VM can run, by what they call themselves."""
-    found: dict[str, Path] = {}
-    code = "import capstone, elftools, platform; print(platform.python_implementation(), platform.python_version())"
-    for python in sorted({Path(sys.executable), *ROOT.glob(".venv*/bin/python")}):
-        answer = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-        if answer.returncode == 0:
-            found.setdefault(answer.stdout.strip(), python)
-    return found
-
-
-def boot_under(python: Path, guest: str) -> dict[str, Any]:
-    answer = subprocess.run([python, __file__, "--boot", guest], stdout=subprocess.PIPE, cwd=ROOT, check=True)
-    return json.loads(answer.stdout)
-
-
-def add_guest(table: Table, console: Console, guest: Guest, key: str) -> None:
-    """Measure a guest everywhere, and add a row for each."""
+def measure_guest(key: str) -> dict[str, Any]:
+    """The boots of a guest, by where: under each Python and on QEMU, in turns. Or in a few words, what is missing."""
+    guest = GUESTS[key]()
     missing = [name for name in guest.files if not (guest.directory / name).exists()]
     if missing:
-        console.print(f"There is no {missing[0]} in {guest.directory}: docs/guests.rst says how to get it.")
-        return
-    for name, python in pythons().items():
-        boots = [boot_under(python, key) for _ in range(TURNS)]
-        add_row(table, guest, f"mini-bhyve on {name}", f"{boots[0]['instructions']:,}", boots)
+        return {"missing": f"there is no {missing[0]} (docs/guests.rst)"}
+    boots: dict[str, Any] = {name: [] for name in (HERE, pypy()) if name}
     if shutil.which(guest.qemu[0]):
-        add_row(table, guest, "QEMU", "", [boot_on_qemu(guest) for _ in range(TURNS)])
-    table.add_section()
+        boots["QEMU"] = []
+    for _ in range(TURNS):
+        for where, found in boots.items():
+            found.append(boot_on_qemu(guest) if where == "QEMU" else in_process(where, "boots.py", key))
+    return boots
 
 
-def add_row(table: Table, guest: Guest, where: str, instructions: str, boots: list[dict[str, Any]]) -> None:
-    cpu, wall = (min(boot[what] for boot in boots) for what in ("cpu", "wall"))
-    table.add_row(guest.name, where, instructions, f"{cpu:.1f}", f"{wall:.1f}")
+def measure() -> dict[str, Any]:
+    return {key: measure_guest(key) for key in GUESTS}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--boot", choices=GUESTS, help="boot only this one, under this Python, and print a JSON object")
-    options = parser.parse_args()
-    if options.boot:
-        with tempfile.TemporaryDirectory() as scratch:
-            print(json.dumps(boot_here(GUESTS[options.boot](), scratch)))
-        return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    console.print("Measuring; this takes a few minutes ...")
-    table = Table("guest", "on", "instructions", "CPU s", "wall s", title="Power-on to prompt", title_justify="left")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for key, guest in GUESTS.items():
-        add_guest(table, console, guest(), key)
-    console.print(table)
+def wall(boots: list[dict[str, float]]) -> list[float]:
+    return [boot["wall"] for boot in boots]
+
+
+def rows(results: dict[str, Any]) -> Iterator[Row]:
+    for key, boots in results.items():
+        name = GUESTS[key]().name
+        if "missing" in boots:
+            yield Row(name, "wall / QEMU TCG", missing=boots["missing"])
+            continue
+        ours = wall(next(iter(boots.values())))
+        if "QEMU" in boots:
+            ratio = median_ratio(ours, wall(boots["QEMU"]))
+            yield Row(name, "wall / QEMU TCG", ratio, 1, most=MOST[key] if JUDGED else None)
+        else:
+            yield Row(name, "wall / QEMU TCG", missing=f"{GUESTS[key]().qemu[0]} is not installed")
+        others = [where for where in boots if where.startswith("PyPy")] if JUDGED else []
+        for where in others:
+            yield Row(name, "PyPy / CPython, wall", median_ratio(wall(boots[where]), ours), most=MOST_PYPY.get(key))
+        if not others and JUDGED:
+            yield Row(name, "PyPy / CPython, wall", missing=NO_PYPY)
+        for where, found in boots.items():
+            yield Row(name, f"s under {where}" if where != "QEMU" else "s on QEMU", statistics.median(wall(found)))
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(boot_here(GUESTS[sys.argv[1]](), scratch)))
