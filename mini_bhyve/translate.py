@@ -489,12 +489,12 @@ class Writer:
             return
         # Flags for whoever goes on if the head may not be entered are kept from what comes now.
         later = {} if self.needs_flags[item.target] else flags
-        known = {id(value) for value in changed.values()}
+        known = {id(value) for value in changed.values() if isinstance(value, Symbol) and value.operation}
         for name, value in later.items():
             if isinstance(value, Symbol) and id(value) not in known:
                 self.name_parts(value, indent, scope)
                 if not changed.keys().isdisjoint(VARIABLES.findall(self.text(value, scope))):
-                    later[name] = Name(self.give_name(value, indent, scope), value.ones, value.decide)
+                    scope[id(value)] = self.new_name(self.text(value, scope), indent)
         self.write_assignments({**changed, **({} if later else flags)}, indent, scope)
         another = self.trees[entry] is not self.tree
         if another:

@@ -23,6 +23,8 @@ from mini_bhyve.memory import GuestMemory
 from mini_bhyve.operands import RAX, RCX, RDI, RSI
 from mini_bhyve.registers import CR0_PG, CR0_WP
 
+pytestmark = pytest.mark.both_readings
+
 CODE, HANDLER, IDT, DIRECTORY, TABLE, STACK = 0x8000, 0x9000, 0xA000, 0xB000, 0xC000, 0xE000
 DATA, PAGES = 0x10000, 48  # the linear pages that are moved about, from here on
 PRESENT, WRITABLE = 1, 2
