@@ -90,7 +90,7 @@ from mini_bhyve.trees import (
     Reader,
     Store,
 )  # fmt: skip
-from mini_bhyve.writer import Line, Writer
+from mini_bhyve.writer import FLAGS_OF, Line, Writer
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
@@ -109,8 +109,16 @@ MANY_TROUBLES, RARE_TROUBLE = 20, 200
 class Translation:
     """A function, and what there is to know of it."""
 
-    def __init__(self, reader: Reader, blocks: list[Block], heads: list[tuple[Block, int]], lines: list[Line]):
+    def __init__(
+        self,
+        reader: Reader,
+        blocks: list[Block],
+        heads: list[tuple[Block, int]],
+        lines: list[Line],
+        sources: list[tuple],
+    ):
         self.reader = reader
+        self.sources = sources  # of flags, as symbols
         self.blocks = blocks  # all of whose code it was made
         self.heads = heads  # by the number of the entry: block, and how long the longest way is
         self.items = [line.item for line in lines]
@@ -186,9 +194,10 @@ class Translator:
         if len(self.translations) >= MAX_TRANSLATIONS:
             self.make_room()
         reader = grower.reader
-        lines = Writer(trees, reader.first_registers, reader.first_flags).write()
+        writer = Writer(trees, reader.first_registers, reader.first_flags)
+        lines = writer.write()
         heads = [(grower.blocks[tree.head], tree.longest) for tree in trees]
-        translation = Translation(reader, [grower.blocks[ip] for ip in grower.used], heads, lines)
+        translation = Translation(reader, [grower.blocks[ip] for ip in grower.used], heads, lines, writer.sources)
         translation.compile(lines, self.names)
         replaced = [head.translation for head, _ in heads if head.translation is not None]
         translation.connect()
@@ -241,6 +250,9 @@ class Translator:
         names.update((first.name, real.value) for first, real in zip(translation.reader.first_registers, cpu.regs))
         names[SYSTEM_FLAGS] = cpu.system_flags
         names.update(traceback.tb_frame.f_locals)
+        if names.get(FLAGS_OF):
+            source = translation.sources[names[FLAGS_OF]]
+            names.update(zip(FLAG_NAMES, [evaluate(value, names, {}) for value in source]))
         known: dict[int, Any] = {}
         registers = [evaluate(value, names, known) for value in moment.registers]
         if moment.flags is translation.reader.first_flags:

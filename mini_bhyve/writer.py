@@ -56,6 +56,8 @@ Scope = dict[Union[int, tuple], str]
 
 ARRAYS = {8: "bytes8", 16: "words16", 32: "words32", 64: "words64"}
 VARIABLES, ASSIGNED = re.compile(r"\b[a-z_]\w*"), re.compile(r"^ *(\w+) = ", re.MULTILINE)
+FLAGS_OF = "flags_of"  # the variable that says where the flags come from, if not from theirs
+UNUSED, IF_LEFT, COMPUTED_WITH = range(3)  # what flags may be wanted for
 LONGEST_TEXT = 100  # characters of an expression: beyond that, its parts get names
 
 
@@ -113,7 +115,8 @@ class Writer:
         self.groups: dict[int, Group] = {}  # of accesses that have neighbours, by the identity of their items
         self.temporaries = 0
         self.leaves: dict[int, set[str]] = {}  # the variables in a symbol, by its identity
-        self.needs_flags: dict[Value, bool] = {tree.head: self.uses_first_flags(tree) for tree in trees}
+        self.uses_of_flags: dict[Value, int] = {tree.head: self.use_of_first_flags(tree) for tree in trees}
+        self.sources: list[tuple] = [()]  # of flags that have no variables: the number of one is in `flags_of`
         for tree in trees:
             self.find_groups(tree)
             self.count_uses(tree)
@@ -142,6 +145,8 @@ class Writer:
             self.line(1, f"{name} = {home(name)}")
         if flags:
             self.line(1, f"{', '.join(FLAG_NAMES)} = cpu.flags")
+        if FLAGS_OF in assigned:
+            self.line(1, f"{FLAGS_OF} = 0")
         for name in ("fetched", "read_tlb", "write_tlb", "read_words", "write_words", *ARRAYS.values()):
             if name in used:
                 self.line(1, f"{name} = cpu.{name}")
@@ -168,24 +173,28 @@ class Writer:
 
     # --- Looking ahead ----------------------------------------------------------------------------------------------
 
-    def uses_first_flags(self, tree: Tree) -> bool:
-        """Whether somebody may want the flags as they are at the head of a tree."""
-        known: set[int] = set()
+    def use_of_first_flags(self, tree: Tree) -> int:
+        """Who may want the flags as they are at the head of a tree: UNUSED, IF_LEFT or COMPUTED_WITH."""
+        known: dict[int, bool] = {}
 
         def asks(value: Any) -> bool:
-            if not isinstance(value, Symbol) or id(value) in known:
+            if not isinstance(value, Symbol):
                 return False
-            known.add(id(value))
-            return value.operation in ("explicit_flags", "carry_flag") or any(map(asks, value.operands))
+            if id(value) not in known:
+                flags = value.operation in ("explicit_flags", "carry_flag")
+                known[id(value)] = flags or any(map(asks, value.operands))
+            return known[id(value)]
 
+        use = UNUSED
         for item in all_items(tree.way):
             values = [getattr(item, name, 0) for name in ("condition", "address", "value", "target")]
-            if not isinstance(item, Branch):
-                state = item if isinstance(item, Exit) else item.moment
-                values += [*state.flags, *state.registers]
+            if isinstance(item, Exit):
+                values += [*item.flags, *item.registers]
+            elif not isinstance(item, Branch) and any(map(asks, (*item.moment.flags, *item.moment.registers))):
+                use = IF_LEFT
             if any(map(asks, values)):
-                return True
-        return False
+                return COMPUTED_WITH
+        return use
 
     def count_uses(self, tree: Tree) -> None:
         """How often each symbol is used, so that nothing is computed twice."""
@@ -199,7 +208,7 @@ class Writer:
             elif isinstance(item, Exit):
                 for value in (item.target, *item.registers):
                     self.count(value)
-                if not (item.to_head and not self.needs_flags.get(item.target, True)):
+                if not item.to_head or self.uses_of_flags.get(item.target) == COMPUTED_WITH:
                     for value in self.flag_values(item.flags):
                         self.count(value)
 
@@ -343,6 +352,8 @@ class Writer:
         if isinstance(item.address, Symbol) and item.address.operation and id(item.address) not in scope:
             self.give_name(item.address, indent, scope)
         address = self.text(item.address, scope, 8)
+        if not isinstance(item.address, Symbol) and size == 4 and not item.address & 3:
+            return "", f"words32[{tlb}_words[{hex(item.address >> 12)}] + {hex(item.address >> 2)}]", True
         page = f"{address} >> 12" if isinstance(item.address, Symbol) else hex(item.address >> 12)
         place = f"{tlb}_tlb[{page}] + {address}"
         element = f"{ARRAYS[item.width]}[({place}) >> {shift}]" if shift else f"bytes8[{place}]"
@@ -412,14 +423,19 @@ class Writer:
                 self.line(indent + 1, "break" if self.inner_loop else "continue")
             self.write_end(indent)
             return
-        # Flags for whoever goes on if the head may not be entered are kept from what comes now.
-        later = {} if self.needs_flags[item.target] else flags
-        known = {id(value) for value in changed.values() if isinstance(value, Symbol) and value.operation}
+        # Flags that nobody computes with are made only when they are wanted, from what comes now.
+        use = self.uses_of_flags[item.target]
+        later = flags if use != COMPUTED_WITH else {}
+        new = {id(value) for value in changed.values() if isinstance(value, Symbol) and value.operation}
         for value in later.values():
-            if isinstance(value, Symbol) and id(value) not in known:
+            if isinstance(value, Symbol) and id(value) not in new:
                 self.name_parts(value, indent, scope)
                 if not changed.keys().isdisjoint(VARIABLES.findall(self.text(value, scope))):
                     scope[id(value)] = self.new_name(self.text(value, scope), indent)
+        if later and use == IF_LEFT:
+            self.write_source(later, changed, indent, scope)
+        elif flags and IF_LEFT in self.uses_of_flags.values():
+            self.line(indent, f"{FLAGS_OF} = 0")
         self.write_assignments({**changed, **({} if later else flags)}, indent, scope)
         another = self.trees[entry] is not self.tree
         if another:
@@ -428,6 +444,31 @@ class Writer:
         self.line(indent, f"if left >= {self.trees[entry].longest}: {way_on}")
         self.write_assignments({"ip": item.target, **later}, indent, scope)
         self.write_end(indent)
+
+    def write_source(self, flags: dict, changed: dict, indent: int, scope: Scope) -> None:
+        """Note where flags come from: constants, registers as they will be, or else variables that are set now.
+
+        The latter are left out of `flags`.
+        """
+        new = {id(value): name for name, value in changed.items() if isinstance(value, Symbol) and value.operation}
+        registers = {register.name: register for register in self.registers}
+        source: list[Value | None] = []
+        kept: dict[str, Value | None] = {}
+        for variable, value in zip(self.first_flags[1].operands, flags.values()):
+            if isinstance(value, Symbol):
+                name = new.get(id(value), value.name if isinstance(value, Name) else "")
+                if name not in registers or (isinstance(value, Name) and name in changed):
+                    kept[variable.name] = value
+                    source.append(variable)
+                else:
+                    source.append(registers[name])
+            else:
+                source.append(value)
+        self.write_assignments(kept, indent, scope)
+        for name in kept:
+            del flags[name]
+        self.line(indent, f"{FLAGS_OF} = {len(self.sources)}")
+        self.sources.append(tuple(source))
 
     def write_end(self, indent: int) -> None:
         """Leave the function, out of both loops if there are two."""
