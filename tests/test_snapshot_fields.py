@@ -134,7 +134,7 @@ BY_MODE = "by segments, control registers and flags"
 NOT_SAVED = {
     "memory-map": {"size": "is in .meta", "devices": CONFIGURED},
     "vmcx": {
-        **dict.fromkeys(("attention", "next_ip", "running"), RUNNING),
+        **dict.fromkeys(("attention", "limit", "next_ip", "running"), RUNNING),
         **dict.fromkeys(("code_limit", "code_size", "flat_stack", "linear_mask", "long_mode", "mode"), BY_MODE),
         **dict.fromkeys(("stack_mask", "user_access", "regs.*.mask", "regs.*.width"), BY_MODE),
         "regs.16": "is always zero",

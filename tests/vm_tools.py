@@ -115,7 +115,8 @@ PLAIN = (int, str, bytes, bytearray, tuple, type(None))
 
 # Attributes of the CPU and its MMU that mean something only while it runs, or are found again; and the flags, which a
 # snapshot has in another form.
-OF_THE_MOMENT = {"attention", "next_ip", "running", "flags", "read_tlb", "write_tlb", "read_words", "write_words"}
+OF_THE_MOMENT = {"attention", "limit", "next_ip", "running", "flags"}
+OF_THE_MOMENT |= {"read_tlb", "write_tlb", "read_words", "write_words"}
 
 
 def plain_attributes(value: Any, parts: list[Any]) -> Any:
