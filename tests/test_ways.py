@@ -17,6 +17,7 @@ from mini_bhyve import flags as fl
 from mini_bhyve import translate
 from mini_bhyve.cpu import Cpu
 from mini_bhyve.decode import COLD
+from mini_bhyve.faults import PF
 
 TABLE = TABLES[1]
 ELSEWHERE = 0x9000  # another page of code
@@ -171,3 +172,27 @@ def test_behind_an_instruction_that_is_always_interpreted_code_is_translated_all
     cpu = both("b9f4010000 0f010d00500000 40 01c2 49 75f3 f4")
     assert cpu.regs[RDX].value == 500 * 501 // 2
     assert one_translation(cpu, CODE + 12)
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["83c604", "83eefc", "83c604 39ce", "83c604 f5 19d2", "46 46 46 46", "83c604 0fbae603", "83c604 d1e2"],
+    ids=["ADD", "SUB", "CMP", "SBB", "INC", "BT", "SHL"],
+)
+def test_flags_of_the_last_round_are_those_that_a_page_fault_in_the_next_one_saves(step):
+    """The loop begins with a load, and comes to a page that is not there."""
+    body = "8b06 01c3" + step  # mov eax, [esi]; add ebx, eax; ...
+    back = -len(bytes.fromhex(body)) - 2
+    cpus = []
+    for heat in (1, COLD):
+        # mov esi, 4E01h; mov edx, 80000001h
+        cpu = machine(f"be014e0000 ba01000080 {body} eb{back & 0xFF:02x}")
+        cpu.memory.load(entry(0x5000), bytes(4))
+        cpu.memory.load(0x3800, (0xCF9A000000FFFF << 64).to_bytes(16, "little"))  # the GDT, with a flat code segment
+        cpu.memory.load(0x3000 + 8 * PF, bytes.fromhex("0088 0800 008e 0000"))  # the IDT: a gate to 8800h
+        cpu.memory.load(0x8800, bytes.fromhex("f4"))
+        cpu.gdtr_base, cpu.gdtr_limit, cpu.idtr_base, cpu.idtr_limit = 0x3800, 15, 0x3000, 0x7FF
+        cpus.append(run(cpu, heat))
+    assert [register.value for register in cpus[0].regs] == [register.value for register in cpus[1].regs]
+    assert bytes(cpus[0].memory.ram) == bytes(cpus[1].memory.ram)  # the stack, with EFLAGS
+    assert cpus[0].retired == cpus[1].retired and cpus[0].translator.translations
