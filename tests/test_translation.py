@@ -235,6 +235,28 @@ def test_a_whole_machine_is_the_same_at_any_instant(guest):
     assert both[0].cpu.translator.translations and not both[1].cpu.translator.translations
 
 
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_element_of_an_array_is_where_it_is(size, scale, monkeypatch):
+    sib = bytes([{1: 0, 2: 0x40, 4: 0x80, 8: 0xC0}[scale] | 0x0D]).hex()  # ecx * scale + constant
+    load, store = {1: ("0a04", "8804"), 2: ("660b04", "668904"), 4: ("0b04", "8904")}[size]
+    # mov ecx, 100; again: or eax, [array]; mov [other array], eax; dec ecx; jnz again
+    body = f"{load}{sib}{number(0x5000)} {store}{sib}{number(0x9000)} 49"
+    cpu = machine(f"b964000000 {body} 75{-len(bytes.fromhex(body)) - 2 & 0xFF:02x} f4")
+    content = random.Random(f"{size} {scale}").randbytes(1000)
+    cpu.memory.load(0x5000, content)
+    left = count_left(cpu, monkeypatch)
+    run(cpu)
+    assert len(left) <= 4  # before the pages are in the TLB
+    model, value = bytearray(1000), 0
+    for index in range(100, 0, -1):
+        place = slice(index * scale, index * scale + size)
+        value |= int.from_bytes(content[place], "little")
+        model[place] = value.to_bytes(size, "little")
+    assert cpu.memory.read(0x9000, 1000) == bytes(model)
+    assert cpu.regs[RAX].value == value
+
+
 # --- Both readings ----------------------------------------------------------------------------------------------------
 
 
