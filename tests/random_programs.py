@@ -149,6 +149,9 @@ class Program:
         if self.bits == 16:
             return prefix + opcode + bytes([0x40 | register | self.random.randrange(8)]) + distance
         base = choice((RBX, RBP, RSI, RDI))
+        if self.chance(0.2):  # an element of an array that is always there
+            scaled = choice((0x40, 0x80, 0x80, 0xC0)) | RCX << 3 | RBP
+            return prefix + opcode + bytes([0x04 | register, scaled]) + little(self.generator.target(DS, 32), 4)
         if self.chance(0.5):
             return prefix + opcode + bytes([0x40 | register | base]) + distance
         scaled = choice((0, 0x40, 0x80, 0xC0)) | choice((RAX, RCX, RCX, RCX)) << 3 | base

@@ -235,6 +235,44 @@ def test_a_whole_machine_is_the_same_at_any_instant(guest):
     assert both[0].cpu.translator.translations and not both[1].cpu.translator.translations
 
 
+@pytest.mark.parametrize("flush", ["0f013d00900000", "0f20d8 0f22d8"], ids=["INVLPG", "MOV CR3"])
+@pytest.mark.parametrize("jump, back", [("e8", "c3"), ("e9", "e9")], ids=["CALL", "JMP"])
+def test_code_on_a_page_that_is_mapped_elsewhere_is_another(jump, back, flush):
+    """The page at 9000h is the one at A000h every second round: its routine counts EDX, not EBX."""
+    # mov ecx, 20; all: mov edi, 10; again: call 9000h; dec edi; jnz again; xor dword [entry], 3000h; invlpg; dec ecx;
+    # jnz all
+    body = f"bf0a000000 {jump}{number(0x9000 - CODE - 15)} 4f 75f8 813524200000 00300000 {flush} 49"
+    cpu = machine(f"b914000000 {body} 75{-len(bytes.fromhex(body)) - 2 & 0xFF:02x} f4")
+    for place, count in ((0x9000, "43"), (0xA000, "42")):
+        end = back if back == "c3" else back + number(CODE + 15 - 0x9006 & 0xFFFFFFFF)
+        cpu.memory.load(place, bytes.fromhex(count + end))
+    run(cpu, heat=3)
+    assert (cpu.regs[RBX].value, cpu.regs[RDX].value) == (100, 100)
+    assert cpu.translator.translations
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_element_of_an_array_is_where_it_is(size, scale, monkeypatch):
+    sib = bytes([{1: 0, 2: 0x40, 4: 0x80, 8: 0xC0}[scale] | 0x0D]).hex()  # ecx * scale + constant
+    load, store = {1: ("0a04", "8804"), 2: ("660b04", "668904"), 4: ("0b04", "8904")}[size]
+    # mov ecx, 100; again: or eax, [array]; mov [other array], eax; dec ecx; jnz again
+    body = f"{load}{sib}{number(0x5000)} {store}{sib}{number(0x9000)} 49"
+    cpu = machine(f"b964000000 {body} 75{-len(bytes.fromhex(body)) - 2 & 0xFF:02x} f4")
+    content = random.Random(f"{size} {scale}").randbytes(1000)
+    cpu.memory.load(0x5000, content)
+    left = count_left(cpu, monkeypatch)
+    run(cpu)
+    assert len(left) <= 4  # before the pages are in the TLB
+    model, value = bytearray(1000), 0
+    for index in range(100, 0, -1):
+        place = slice(index * scale, index * scale + size)
+        value |= int.from_bytes(content[place], "little")
+        model[place] = value.to_bytes(size, "little")
+    assert cpu.memory.read(0x9000, 1000) == bytes(model)
+    assert cpu.regs[RAX].value == value
+
+
 # --- Both readings ----------------------------------------------------------------------------------------------------
 
 
