@@ -62,11 +62,11 @@ VIRTIO_IRQS = (5, 9, 10, 11)
 # minute in which the review was posted: 2021-01-16 21:43 UTC.
 VIRTUAL_BOOT_TIME = 1610833380
 
-# The thread that serves the socket gets its turn within this many seconds, even while the guest computes.
 # How many objects CPython makes before it looks for some that nobody can reach: code is decoded into a great many that
 # stay, and to look through them every 700 objects took a tenth of a boot of Linux.
 NEW_OBJECTS = 10_000
 
+# The thread that serves the socket gets its turn within this many seconds, even while the guest computes.
 SWITCH_INTERVAL = 0.001
 
 # With the clock tied to the wall's: a guest that fell this far behind is not made to catch up, and one that has got
