@@ -552,6 +552,9 @@ class Grower:
             self.branch(place, taken, target, done, returns)
             taken = False
         elif taken and self.is_call(block):
+            if isinstance(target, Symbol):  # which function that will be, nobody knows
+                self.end(place, target, done)
+                return
             returns = (*returns, next_ip)
         self.go_on(place, target if taken else next_ip, done, returns)
 
