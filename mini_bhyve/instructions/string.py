@@ -22,7 +22,9 @@ from mini_bhyve import flags as fl
 from mini_bhyve import segmentation as seg
 from mini_bhyve.instructions.definition import instruction
 from mini_bhyve.instructions.miscellaneous import check_port_allowed
+from mini_bhyve.memory import PAGE_SIZE
 from mini_bhyve.operands import MASKS, RAX, RCX, RDI, RDX, RSI
+from mini_bhyve.paging import READ, WRITE
 
 # Elements in a stretch: between two of them interrupts and pauses get their turn, so it should last no more than a
 # millisecond. How many it is follows from the instruction and the registers alone, never from what is in the TLB: each
@@ -143,7 +145,7 @@ def _elements_in_place(operation, limit, registers):
     """How many elements, `limit` at most, can be done at once: upwards, side by side in plain RAM, within the segments.
 
     The result is [count, offset in RAM ...], or None where one element at a time must do: downwards, across the end of
-    such pages, on pages that the TLB does not hold, or where alignment is checked.
+    such pages, on pages that the TLB does not hold even after a walk, or where alignment is checked.
     """
     cpu, size = operation.cpu, operation.width // 8
     if operation.step < 0 or cpu.alignment_checked:
@@ -157,6 +159,10 @@ def _elements_in_place(operation, limit, registers):
             length = min(length, cpu.segments[segment].last + 1 - offset)
         look_up = (cpu.write_tlb if writing else cpu.read_tlb).get
         difference, end = look_up(address >> 12), address + length
+        if difference is None and address % PAGE_SIZE + size <= PAGE_SIZE:
+            # Now rather than with a first element of its own: what goes wrong is the same.
+            cpu.mmu.translate(address, (WRITE if writing else READ) | cpu.user_access)
+            difference = look_up(address >> 12)
         if difference is None:
             return None
         for page in range((address >> 12) + 1, (end - 1 >> 12) + 1):
