@@ -297,6 +297,11 @@ def bit_and(a: Value, b: Value) -> Value:
         return Symbol("carry_flag", a.operands, 1).choose(1, 0)
     if a.ones & b == 0:
         return 0
+    condition, *values = a.operands or (0,)
+    if a.operation == "neg" and isinstance(condition, Symbol) and condition.ones == 1:
+        return condition.choose(b, 0)  # -1 or 0: all bits or none
+    if a.operation == "choose" and isinstance(condition, Symbol) and all(isinstance(value, int) for value in values):
+        return condition.choose(*(value & b for value in values))
     if a.ones >= 0 and a.ones & ~b == 0:
         return as_number(a)
     if a.operation == "&" and not isinstance(a.operands[1], Symbol):
