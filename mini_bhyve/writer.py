@@ -420,6 +420,8 @@ class Writer:
                 longest = max(self.trees[entry].longest for entry in self.return_sites.values())
                 self.line(indent, f"if ip in return_sites and left >= {longest}:")
                 self.line(indent + 1, "entry = return_sites[ip]")
+                if IF_LEFT in self.uses_of_flags.values():
+                    self.line(indent + 1, f"{FLAGS_OF} = 0")
                 self.line(indent + 1, "break" if self.inner_loop else "continue")
             self.write_end(indent)
             return

@@ -52,6 +52,11 @@ def one_translation(cpu: Cpu, *places: int) -> bool:
     )
 
 
+def goes_back(cpu: Cpu) -> bool:
+    """Whether there is a translation to which calls return that it has lost sight of."""
+    return any("return_sites" in each.function.__code__.co_varnames for each in cpu.translator.translations.values())
+
+
 def call(target: int, place: int) -> str:
     return "e8" + number(target - place - 5 & 0xFFFFFFFF)
 
@@ -92,7 +97,7 @@ def test_a_function_that_calls_itself_stays_in_its_translation():
     # f: inc eax; dec ecx; jz out; call f; inc edx; out: ret
     cpu = both("bd1e000000 b914000000 e804000000 4d 75f3 f4 40 49 7406 e8f7ffffff 42 c3")
     assert (cpu.regs[RAX].value, cpu.regs[RDX].value) == (30 * 20, 30 * 19)
-    assert any("return_sites" in each.function.__code__.co_varnames for each in cpu.translator.translations.values())
+    assert goes_back(cpu)
 
 
 @pytest.mark.parametrize("alias", [0x5000, 0x6000], ids=["no other page", "another page"])
@@ -174,6 +179,15 @@ def test_behind_an_instruction_that_is_always_interpreted_code_is_translated_all
     assert one_translation(cpu, CODE + 12)
 
 
+def with_page_faults(cpu: Cpu) -> Cpu:
+    """A processor for which a page fault is a HLT, with EFLAGS on the stack."""
+    cpu.memory.load(0x3800, (0xCF9A000000FFFF << 64).to_bytes(16, "little"))  # the GDT, with a flat code segment
+    cpu.memory.load(0x3000 + 8 * PF, bytes.fromhex("0088 0800 008e 0000"))  # the IDT: a gate to 8800h
+    cpu.memory.load(0x8800, bytes.fromhex("f4"))
+    cpu.gdtr_base, cpu.gdtr_limit, cpu.idtr_base, cpu.idtr_limit = 0x3800, 15, 0x3000, 0x7FF
+    return cpu
+
+
 @pytest.mark.parametrize(
     "step",
     ["83c604", "83eefc", "83c604 39ce", "83c604 f5 19d2", "46 46 46 46", "83c604 0fbae603", "83c604 d1e2"],
@@ -186,13 +200,23 @@ def test_flags_of_the_last_round_are_those_that_a_page_fault_in_the_next_one_sav
     cpus = []
     for heat in (1, COLD):
         # mov esi, 4E01h; mov edx, 80000001h
-        cpu = machine(f"be014e0000 ba01000080 {body} eb{back & 0xFF:02x}")
+        cpu = with_page_faults(machine(f"be014e0000 ba01000080 {body} eb{back & 0xFF:02x}"))
         cpu.memory.load(entry(0x5000), bytes(4))
-        cpu.memory.load(0x3800, (0xCF9A000000FFFF << 64).to_bytes(16, "little"))  # the GDT, with a flat code segment
-        cpu.memory.load(0x3000 + 8 * PF, bytes.fromhex("0088 0800 008e 0000"))  # the IDT: a gate to 8800h
-        cpu.memory.load(0x8800, bytes.fromhex("f4"))
-        cpu.gdtr_base, cpu.gdtr_limit, cpu.idtr_base, cpu.idtr_limit = 0x3800, 15, 0x3000, 0x7FF
         cpus.append(run(cpu, heat))
     assert [register.value for register in cpus[0].regs] == [register.value for register in cpus[1].regs]
     assert bytes(cpus[0].memory.ram) == bytes(cpus[1].memory.ram)  # the stack, with EFLAGS
     assert cpus[0].retired == cpus[1].retired and cpus[0].translator.translations
+
+
+def test_flags_of_a_call_are_not_mistaken_for_those_of_a_return():
+    """A function that calls itself and, on the way back, loads from a page that is not there."""
+    # mov esi, 4F00h; mov ebx, 6500h; mov esp, 6800h; again: mov ecx, 20; call f; jmp again
+    # f: mov edx, [ebx]; sub ecx, 1; jz out; call f; mov eax, [esi]; add esi, 4; out: ret
+    program = "be004f0000 bb00650000 bc00680000 b914000000 e802000000 ebf4 8b13 83e901 740a e8f4ffffff 8b06 83c604 c3"
+    cpus = []
+    for heat in (1, COLD):
+        cpu = with_page_faults(machine(program))
+        cpu.memory.load(entry(0x5000), bytes(4))
+        cpus.append(run(cpu, heat))
+    assert bytes(cpus[0].memory.ram) == bytes(cpus[1].memory.ram)
+    assert goes_back(cpus[0])
