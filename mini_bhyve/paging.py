@@ -287,9 +287,10 @@ class Mmu:
         rights = WRITABLE | USER
         execute_disabled = 0
         entries: list[tuple[int, int]] = []  # address and value of each entry used
+        index_mask, entry_bytes, a20_mask = mode.index_mask, mode.entry_bytes, self.memory.a20_mask
         for shift in mode.shifts:
-            address = table + (linear >> shift & mode.index_mask) * mode.entry_bytes & self.memory.a20_mask
-            entry = int.from_bytes(self.memory.read(address, mode.entry_bytes), "little")
+            address = table + (linear >> shift & index_mask) * entry_bytes & a20_mask
+            entry = int.from_bytes(self.memory.read(address, entry_bytes), "little")
             large = shift in mode.large_at and entry & PAGE_SIZE_BIT != 0
             if not entry & PRESENT:
                 raise self.page_fault(linear, access, 0)
@@ -302,7 +303,7 @@ class Mmu:
             if large:
                 break
         self.check_rights(linear, access, rights, execute_disabled)
-        self.mark_used(entries, access, mode.entry_bytes)
+        self.mark_used(entries, access, entry_bytes)
         offset_mask = (1 << shift) - 1
         if large and mode.entry_bytes == 4:
             table |= (entry >> 13 & 0xFF) << 32
@@ -334,11 +335,13 @@ class Mmu:
 
     def mark_used(self, entries: list[tuple[int, int]], access: int, entry_bytes: int) -> None:
         """Set the accessed bit in every entry used, and the dirty bit in the last one if this is a write."""
-        last = len(entries) - 1
-        for level, (address, entry) in enumerate(entries):
-            used = entry | ACCESSED | (DIRTY if access & WRITE and level == last else 0)
-            if used != entry:
-                self.store(address, used.to_bytes(entry_bytes, "little"))
+        *tables, (page_address, page_entry) = entries
+        for address, entry in tables:
+            if not entry & ACCESSED:
+                self.store(address, (entry | ACCESSED).to_bytes(entry_bytes, "little"))
+        used = page_entry | ACCESSED | (DIRTY if access & WRITE else 0)
+        if used != page_entry:
+            self.store(page_address, used.to_bytes(entry_bytes, "little"))
 
     def page_fault(self, linear: int, access: int, reason: int) -> GuestFault:
         """#PF: the access's bits and the reason make the error code (SDM vol. 3A, 4.7)."""
