@@ -88,7 +88,7 @@ class Cpu(MemoryAccess):
         self.clock = Clock(lambda: self.instructions)
         self.debug = Debug()
         self.code_cache = CodeCache(self)
-        memory.device_written = self.device_written
+        memory.device_accessed = self.device_accessed
         # How an interrupt controller is asked for its vector; the machine connects one.
         self.acknowledge_interrupt: Callable[[], int] = lambda: 0
         self.interrupt_line = False  # the INTR pin
@@ -497,8 +497,8 @@ class Cpu(MemoryAccess):
         if target > self.code_limit or (self.code_size == 64 and not is_canonical(target)):
             raise general_protection()
 
-    def device_written(self) -> None:
-        """The running instruction has written to a device in memory, which may change what is due next: as IN, OUT."""
+    def device_accessed(self) -> None:
+        """The running instruction has to do with a device in memory, which may change what is due next: as IN, OUT."""
         self.attention = True
         self.code_cache.end_running()
 

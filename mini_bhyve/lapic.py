@@ -78,6 +78,9 @@ LVT_WRITABLE = {
     LVT_ERROR: LVT_MASKED | VECTOR,
 }
 READ_ONLY = (ID, VERSION, APR, PPR, RRD, *range(ISR, ESR, 0x10), CURRENT_COUNT)
+READABLE = {
+    *READ_ONLY, *LVT_WRITABLE, TPR, EOI, LDR, DFR, SVR, ESR, ICR_LOW, ICR_HIGH, INITIAL_COUNT, DIVIDE
+}  # fmt: skip
 
 # The low half of the ICR (figure 10-12); the high half has the destination in bits 31-24.
 ICR_WRITABLE = 0xCCFFF  # all but the delivery status, always idle, and what is reserved
@@ -103,6 +106,9 @@ class ApicPage(Device):
     @property
     def frames(self) -> Sequence[int]:
         return (self.address >> 12,)
+
+    def reads_quietly(self, address: int) -> bool:
+        return True
 
     def read(self, offset: int) -> int:
         """The register at `offset`, a multiple of 16."""
@@ -327,6 +333,10 @@ class LocalApic(ApicPage):
 
     # -- Registers
 
+    def reads_quietly(self, address: int) -> bool:
+        """An illegal one is an error, for which there may be an interrupt."""
+        return address & 0xFF0 in READABLE
+
     def read(self, offset: int) -> int:
         self.advance(self.clock.now)
         if offset in self.lvt:
@@ -353,7 +363,7 @@ class LocalApic(ApicPage):
             INITIAL_COUNT: self.initial_count,
             DIVIDE: self.divide,
         }
-        if offset not in values:
+        if offset not in READABLE:
             self._error(ILLEGAL_REGISTER)
         return values.get(offset, 0)
 

@@ -42,12 +42,15 @@ class MappedDevice(Protocol):
     """What a device with registers in memory has: bhyve's struct mem_range. Addresses are absolute, sizes in bytes.
 
     An access lies within one page, and may be of any size from 1 to 8: what the device does not take, it ignores, and
-    answers with ones. A read changes nothing: so only a write makes the processor look what is due next.
+    answers with ones. Behind each the processor looks what is due next, but for reads that change nothing.
     """
 
     @property
     def frames(self) -> Iterable[int]:
         """The pages that it answers: their physical addresses >> 12, all above RAM."""
+
+    def reads_quietly(self, address: int) -> bool:
+        """Whether a read there changes nothing, not even what the guest notices later."""
 
     def read_memory(self, address: int, size: int) -> int: ...
 
@@ -112,8 +115,8 @@ class GuestMemory:
         self.words16, self.words32, self.words64 = (words(self.bytes8, letter) for letter in ("H", "I", "Q"))
         self.rom_size = 0
         self.devices: dict[int, MappedDevice] = {}  # by frame
-        # What is told of each write to a device; the processor connects it.
-        self.device_written: Callable[[], None] = lambda: None
+        # What is told of each access to a device that may change something; the processor connects it.
+        self.device_accessed: Callable[[], None] = lambda: None
         # The A20 gate: off, address bit 20 is stuck at 0, so that the megabyte wraps round as it did on the 8086.
         self.a20_mask = -1
 
@@ -166,6 +169,8 @@ class GuestMemory:
         device = self.devices.get(address >> 12)
         if device is None or length > WIDEST:
             return b"\xff" * length
+        if not device.reads_quietly(address):
+            self.device_accessed()
         return device.read_memory(address, length).to_bytes(length, "little")
 
     def write(self, address: int, data: bytes) -> None:
@@ -177,7 +182,7 @@ class GuestMemory:
             return
         device = self.devices.get(address >> 12)
         if device is not None and len(data) <= WIDEST:
-            self.device_written()
+            self.device_accessed()
             device.write_memory(address, int.from_bytes(data, "little"), len(data))
 
     def set_a20(self, enabled: bool) -> None:

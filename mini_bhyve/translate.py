@@ -340,7 +340,9 @@ class Translator:
         """
         cpu = self.cpu
         place = cpu.mmu.known[READ | cpu.user_access][address >> 12] + address
-        if address & size - 1 or address >> 12 in cpu.mmu.watched_pages:
+        device = cpu.memory.devices.get(place >> 12)
+        noticed = device is not None and not device.reads_quietly(place)
+        if noticed or address & size - 1 or address >> 12 in cpu.mmu.watched_pages:
             raise KeyError(address)
         cpu.retired -= left
         data = cpu.memory.read(place, size)

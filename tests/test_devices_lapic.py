@@ -320,6 +320,14 @@ def test_its_own_interrupts_go_before_those_of_the_8259a():
 # ---- 10.5.3 Errors
 
 
+@pytest.mark.parametrize("register", range(0, 0x1000, 0x10))
+def test_a_read_is_quiet_unless_it_is_an_error(register):
+    bench = Bench()
+    bench[register]
+    bench[ESR] = 0
+    assert bench.apic.reads_quietly(LAPIC_ADDRESS + register) == (bench[ESR] == 0)
+
+
 def test_errors_are_seen_after_a_write_and_until_the_next():
     bench = Bench()
     bench.request(0x0F)

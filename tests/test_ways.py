@@ -145,6 +145,7 @@ class Clock(Register):
     def __init__(self, cpu: Cpu) -> None:
         super().__init__()
         self.cpu = cpu
+        self.quiet = True
 
     def read_memory(self, address: int, size: int) -> int:
         return self.cpu.instructions
@@ -163,6 +164,23 @@ def test_a_device_that_is_read_in_a_translation_sees_the_right_time(monkeypatch)
     assert cpus[0].regs[RSI].value == cpus[1].regs[RSI].value == sum(2 + 5 * turn for turn in range(500))
     assert one_translation(cpus[0], CODE + 5, CODE + 6)
     assert len(left) <= 3 * translate.MANY_TROUBLES
+
+
+def test_a_device_that_may_change_something_when_it_is_read_is_left_to_the_interpreter():
+    # mov ecx, 500; again: inc edx; mov eax, [device]; add esi, eax; dec ecx; jnz again
+    cpu = machine(f"b9f4010000 42 a1{number(BASE)} 01c6 49 75f5 f4")
+    device, stops = Clock(cpu), 0
+    device.quiet = False
+    cpu.memory.claim(device)
+    cpu.memory.load(0x3000, (BASE | 7).to_bytes(4, "little"))
+    cpu.memory.load(TABLES[0] + (BASE >> 20), (0x3007).to_bytes(4, "little"))
+    cpu.translator.heat = 1
+    while not cpu.halted:
+        stops += cpu.attention
+        cpu.attention = False
+        cpu.run(20_000)
+    assert stops == 500
+    assert cpu.regs[RSI].value == sum(2 + 5 * turn for turn in range(500))
 
 
 def test_what_was_written_to_can_be_read_without_a_walk():
