@@ -43,7 +43,7 @@ class MemoryAccess(fl.FlagsRegister):
     user_access: int  # whose the program's accesses are, for paging
     read_tlb: dict[int, int]
     write_tlb: dict[int, int]
-    words32: memoryview
+    words32: memoryview  # or what PyPy has in place of it, see `memory.words`
     memory: GuestMemory
     mmu: Mmu
     debug: Debug

@@ -243,8 +243,8 @@ class Mmu:
         known = self.known[access]
         page = linear >> 12
         if page not in known:
-            if len(known) >= TLB_PAGES and not access & FETCH:  # (of fetched pages, the code cache must know)
-                self.make_room(access)
+            if not access & FETCH and len(self.known[access & ~WRITE]) >= TLB_PAGES:  # (as if for reading, and enough)
+                self.make_room(access & ~WRITE)
             found = self.walk(self.mode, linear, access) if self.mode else Translation(linear, 12, False)
             known[page] = (found.physical & self.memory.a20_mask) - linear
             if access & WRITE:
@@ -257,11 +257,15 @@ class Mmu:
             self.open_quick_path(linear, physical, access)
         return physical
 
-    def make_room(self, access: int) -> None:
-        """Forget what is known of one kind of access."""
-        self.known[access].clear()
+    def make_room(self, whose: int) -> None:
+        """Forget all data pages of somebody. (Of fetched ones, the code cache must know.)"""
+        self.known[READ | whose].clear()
+        self.known[WRITE | whose].clear()
         for part in (self.read_tlb, self.write_tlb, self.read_words, self.write_words):
-            part[access & ~WRITE].clear()
+            part[whose].clear()
+        left = set().union(*self.known.values())
+        self.global_pages &= left
+        self.large_pages = {key: pages & left for key, pages in self.large_pages.items() if pages & left}
 
     def open_quick_path(self, linear: int, physical: int, access: int) -> None:
         """Let accesses of this kind find the page at once, where the rules in the class's description allow it."""
