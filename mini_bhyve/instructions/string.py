@@ -26,9 +26,9 @@ from mini_bhyve.memory import PAGE_SIZE
 from mini_bhyve.operands import MASKS, RAX, RCX, RDI, RDX, RSI
 from mini_bhyve.paging import READ, WRITE
 
-# Elements in a stretch: between two of them interrupts and pauses get their turn, so it should last no more than a
-# millisecond. How many it is follows from the instruction and the registers alone, never from what is in the TLB: each
-# stretch counts as one instruction, and runs must repeat.
+# Elements in a stretch: between two of them interrupts and pauses get their turn, so it should not last long (a
+# millisecond; ten, if all of a bulk stretch has to be done by element). How many it is follows from the instruction and
+# the registers alone, never from what is in the TLB: each stretch counts as one instruction, and runs must repeat.
 STRETCH, BULK_STRETCH = 256, 4096
 # Stretches that may be done in one go, which is so only where no interrupt can come between them.
 MAX_STRETCHES = 64
@@ -154,7 +154,7 @@ def _elements_in_place(operation, limit, registers):
     for register, segment, writing in registers:
         offset = cpu.regs[register].value & operation.address_mask
         address = cpu.linear(segment, offset, size, writing)
-        length = min(count * size, operation.address_mask + 1 - offset)
+        length = min(count * size, operation.address_mask + 1 - offset, cpu.linear_mask + 1 - address)
         if cpu.code_size != 64:
             length = min(length, cpu.segments[segment].last + 1 - offset)
         look_up = (cpu.write_tlb if writing else cpu.read_tlb).get
