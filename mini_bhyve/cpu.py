@@ -228,7 +228,7 @@ class Cpu(MemoryAccess):
         else:
             self.user_access = SMAP_OVERRIDE if self.cr4 & CR4_SMAP and self.system_flags & fl.AC else 0
         mmu, whose = self.mmu, self.user_access
-        self.fetched = mmu.known[FETCH | whose]
+        self.fetched = mmu.known[FETCH | whose & USER_ACCESS]
         self.read_tlb, self.write_tlb = mmu.read_tlb[whose], mmu.write_tlb[whose]
         self.read_words, self.write_words = mmu.read_words[whose], mmu.write_words[whose]
 
