@@ -39,7 +39,7 @@ MAX_BLOCK = 64  # instructions: a pause or an interrupt waits for no more than t
 
 MAX_PATTERNS = 1 << 16  # kept at a time, for each of the modes that make a difference
 
-COLD = 1 << 29  # more often than a block is ever interpreted
+COLD = 1 << 29  # not in the near future
 
 Step = tuple[Callable, tuple[Any, ...], int]
 

@@ -476,7 +476,7 @@ def depth(value: Value) -> int:
 
 
 def key(value: Value) -> tuple:
-    """What two values have in common that are the same, as long as the first one is there."""
+    """What two values have in common that are the same. It is made of identities: who keeps it must keep the value."""
     if not isinstance(value, Symbol):
         return (str(value),)
     if not value.operands:

@@ -39,9 +39,9 @@ wait no longer than about a millisecond.
 
 Faults and devices. An access to memory is translated as what it nearly always is: a page that the TLB has in its quick
 part. If it is not there, that is a KeyError, which ends the function *before* the instruction, and the interpreter does
-it. So whatever is difficult (page faults, stores to devices and into code, watched data) never happens in a
-translation, but for loads from devices where that is usual, since those change nothing. The run loop finds the line of
-the function from the traceback; a table has for each line the guest's state before its instruction, as symbols, and
+it. So whatever is difficult (page faults, devices, stores into code, watched data) never happens in a translation, but
+for loads from registers of devices that change nothing, where that is usual. The run loop finds the line of the
+function from the traceback; a table has for each line the guest's state before its instruction, as symbols, and
 with the function's variables, which the traceback has as well, they become numbers (`Translator.leave`). It costs
 nothing until it happens.
 
@@ -180,6 +180,9 @@ class Translator:
 
     def translate(self, block: Block) -> None:
         """A block, at CS:IP, has become hot."""
+        if self.heat == COLD:  # nothing is to be translated, however long that takes
+            block.heat = COLD
+            return
         asleep = [each for each in block.part_of if each.asleep and any(block is head for head, _ in each.heads)]
         if asleep:
             asleep[-1].connect()

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 MAX_BLOCKS = 32  # in which a way may be looked for
 MAX_IN_TREE = 120  # instructions
 MAX_TREES = 10
+MAX_NESTED = 60  # branches within branches: Python takes a hundred levels of indentation
 MAX_DECISIONS = 4  # of an instruction
 DEEPEST = 24  # levels of an expression
 NEIGHBOURS = 256  # bytes: two places that are no further apart are not one, even if each page is mapped to the same
@@ -466,6 +467,7 @@ class Grower:
         self.heads: set[int] = set()
         self.find_heads()
         self.used: set[int] = set()  # the blocks that were read
+        self.nested = 0
         self.return_sites: set[int] = set()  # heads to which calls return that are lost sight of
 
     def find_blocks(self) -> None:
@@ -563,7 +565,12 @@ class Grower:
         reader = self.reader
         way, registers, flags, known = reader.way, reader.registers, reader.flags, reader.known
         reader.way = []
-        self.go_on(place, target, done, returns)
+        self.nested += 1
+        if self.nested <= MAX_NESTED:
+            self.go_on(place, target, done, returns)
+        else:
+            self.end(place, target, done)
+        self.nested -= 1
         way.append(Branch(place, condition, reader.way))
         reader.way = way
         reader.put_back(registers, flags, known)

@@ -114,6 +114,7 @@ class Writer:
         self.uses: dict[int, int] = {}
         self.groups: dict[int, Group] = {}  # of accesses that have neighbours, by the identity of their items
         self.temporaries = 0
+        self.named: list[Symbol] = []  # all that were ever known by their identity, for no other may get it
         self.leaves: dict[int, set[str]] = {}  # the variables in a symbol, by its identity
         self.uses_of_flags: dict[Value, int] = {tree.head: self.use_of_first_flags(tree) for tree in trees}
         self.sources: list[tuple] = [()]  # of flags that have no variables: the number of one is in `flags_of`
@@ -273,6 +274,7 @@ class Writer:
         return length
 
     def give_name(self, value: Symbol, indent: int, scope: Scope) -> str:
+        self.named.append(value)
         scope[id(value)] = self.name_text(self.text(value, scope), indent)
         return scope[id(value)]
 
@@ -427,18 +429,20 @@ class Writer:
             return
         # Flags that nobody computes with are made only when they are wanted, from what comes now.
         use = self.uses_of_flags[item.target]
-        later = flags if use != COMPUTED_WITH else {}
+        now, later = (flags, {}) if use == COMPUTED_WITH else ({}, flags)
+        if later and use == IF_LEFT:
+            now = self.note_source(later, changed)
+            later = {name: value for name, value in later.items() if name not in now}
+            self.line(indent, f"{FLAGS_OF} = {len(self.sources) - 1}")
+        elif flags and IF_LEFT in self.uses_of_flags.values():
+            self.line(indent, f"{FLAGS_OF} = 0")
         new = {id(value) for value in changed.values() if isinstance(value, Symbol) and value.operation}
         for value in later.values():
             if isinstance(value, Symbol) and id(value) not in new:
                 self.name_parts(value, indent, scope)
-                if not changed.keys().isdisjoint(VARIABLES.findall(self.text(value, scope))):
+                if not {*changed, *now}.isdisjoint(VARIABLES.findall(self.text(value, scope))):
                     scope[id(value)] = self.new_name(self.text(value, scope), indent)
-        if later and use == IF_LEFT:
-            self.write_source(later, changed, indent, scope)
-        elif flags and IF_LEFT in self.uses_of_flags.values():
-            self.line(indent, f"{FLAGS_OF} = 0")
-        self.write_assignments({**changed, **({} if later else flags)}, indent, scope)
+        self.write_assignments({**changed, **now}, indent, scope)
         another = self.trees[entry] is not self.tree
         if another:
             self.line(indent, f"entry = {entry}")
@@ -447,30 +451,24 @@ class Writer:
         self.write_assignments({"ip": item.target, **later}, indent, scope)
         self.write_end(indent)
 
-    def write_source(self, flags: dict, changed: dict, indent: int, scope: Scope) -> None:
-        """Note where flags come from: constants, registers as they will be, or else variables that are set now.
-
-        The latter are left out of `flags`.
-        """
+    def note_source(self, flags: dict[str, Value | None], changed: dict[str, Value | None]) -> dict[str, Value | None]:
+        """Note where flags come from: constants, registers as they will be, or else variables, which are returned."""
         new = {id(value): name for name, value in changed.items() if isinstance(value, Symbol) and value.operation}
         registers = {register.name: register for register in self.registers}
         source: list[Value | None] = []
-        kept: dict[str, Value | None] = {}
+        variables: dict[str, Value | None] = {}
         for variable, value in zip(self.first_flags[1].operands, flags.values()):
             if isinstance(value, Symbol):
                 name = new.get(id(value), value.name if isinstance(value, Name) else "")
                 if name not in registers or (isinstance(value, Name) and name in changed):
-                    kept[variable.name] = value
+                    variables[variable.name] = value
                     source.append(variable)
                 else:
                     source.append(registers[name])
             else:
                 source.append(value)
-        self.write_assignments(kept, indent, scope)
-        for name in kept:
-            del flags[name]
-        self.line(indent, f"{FLAGS_OF} = {len(self.sources)}")
         self.sources.append(tuple(source))
+        return variables
 
     def write_end(self, indent: int) -> None:
         """Leave the function, out of both loops if there are two."""
