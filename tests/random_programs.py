@@ -182,6 +182,12 @@ class Program:
         """CMP register, constant."""
         return b"\x83" + bytes([0xF8 | self.random.choice((RAX, RCX, RDX, RBX)), self.random.choice(EDGES) & 0xFF])
 
+    def use_flags(self, place: int) -> bytes:
+        """SETcc, ADC, RCL: make a register of flags that were set before."""
+        register = self.random.choice((RAX, RDX, RBX))
+        setcc = bytes([0x0F, 0x90 | self.random.getrandbits(4), 0xC0 | register])
+        return self.random.choice((setcc, setcc, b"\x11\xc2", b"\xd1\xd2"))
+
     def system(self, place: int) -> bytes:
         """PUSHF, POPF, STI, CLI, OUT, MOV CR3: what is due then, or where memory is, may be otherwise."""
         for_level_0 = [b"\xfb", b"\xfb", b"\xfa", b"\xe6\x21", b"\x0f\x20\xd8\x0f\x22\xd8"]
@@ -208,7 +214,8 @@ class Program:
         for _ in range(self.random.randrange(1, 7) if depth else self.random.randrange(4, 16)):
             shapes: list[Callable[[int], bytes]] = [
                 self.any, self.any, self.access, self.access, self.access, self.count, self.count, self.move_pointer,
-                self.compare, self.point, self.rewrite, self.rewrite_the_next, self.system, self.page_table, self.call,
+                self.compare, self.use_flags, self.point, self.rewrite, self.rewrite_the_next, self.system,
+                self.page_table, self.call,
             ]  # fmt: skip
             if depth < 3:
                 deeper = [functools.partial(shape, depth=depth + 1) for shape in (self.loop, self.jump_over)]
@@ -241,14 +248,15 @@ class Program:
         return bytes([opcode, len(body)]) + body
 
     def call(self, place: int) -> bytes:
-        """Of a routine, by its address or through a register."""
+        """Of a routine, by its address or through a register; what comes behind it may look at its flags."""
         if not self.routines:
             return b""
         target = self.random.choice(self.routines)
+        behind = self.use_flags(place) if self.chance(0.4) else b""
         if self.chance(0.2):
-            return self.set(RAX, target - self.code_base) + b"\xff\xd0"
+            return self.set(RAX, target - self.code_base) + b"\xff\xd0" + behind
         size = 2 if self.bits == 16 else 4
-        return b"\xe8" + little(target - place - 1 - size, size)
+        return b"\xe8" + little(target - place - 1 - size, size) + behind
 
     @property
     def code_base(self) -> int:
@@ -275,10 +283,14 @@ class Program:
         return case._replace(code=code, memory=case.memory + routines + self.vectors(), events=events)
 
     def routine_pieces(self) -> Memory:
-        """Routines, each of which may call those before it."""
+        """Routines, each of which may call those before it, look at its caller's flags, and end behind a loop."""
         pieces, place = [], ROUTINES
-        for _ in range(self.random.randrange(4)):
-            code = self.body(place, 2, 80) + b"\xc3"
+        for _ in range(self.random.randrange(5)):
+            code = self.use_flags(place) if self.chance(0.4) else b""
+            code += self.body(place + len(code), 2, 80)
+            if self.chance(0.4):
+                code += self.loop(place + len(code), 2)
+            code += b"\xc3"
             pieces.append((place, code))
             self.routines.append(place)
             place += len(code)

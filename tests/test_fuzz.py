@@ -58,7 +58,7 @@ def test_a_program_of_the_fuzzer_meets_all_that_it_is_made_for(world, monkeypatc
     monkeypatch.setattr(Translation, "connect", lambda each: (translations.append(each), connect(each)))
     monkeypatch.setattr(Translator, "drop", lambda each, block: (dropped.extend(block.part_of), drop(each, block)))
     left = 0
-    for _, case in fuzz.programs(world, "many things", 12):
+    for _, case in fuzz.programs(world, "many things", 20):
         pair = Pair(world)
         assert not pair.differences(case)
         left += pair.left
