@@ -462,5 +462,5 @@ def test_memory_stays_flat_while_an_operating_system_runs_program_after_program(
             gc.collect()
             objects.append(len(gc.get_objects()))
     assert len(objects) == rounds
-    third, last = objects[rounds // 2 : rounds * 3 // 4], objects[rounds * 3 // 4 :]
-    assert max(last) < 1.05 * max(third), objects
+    before, last = objects[: rounds * 3 // 4], objects[rounds * 3 // 4 :]
+    assert max(last) < 1.05 * max(before), objects  # up and down it goes, with what is dropped and found again
