@@ -309,7 +309,7 @@ def test_of_a_snapshot_only_what_the_guest_touches_is_read_before_it_runs(tmp_pa
         checkpoint(machine, path)
         pages_touched(path, size)  # what is touched only once, such as code
         touched[size] = pages_touched(path, size)
-    assert touched["1G"] < touched["64M"] + 1000  # and not 262144
+    assert touched["1G"] < touched["64M"] + 10_000  # and not 262144 (what PyPy touches itself varies by a thousand)
 
 
 def damaged_snapshot(directory: Path, code: bytes, disk: Path | None = None) -> str:
