@@ -90,10 +90,26 @@ class Group:
             self.tlb = "write"
 
     @property
+    def first(self) -> int:
+        return min(self.offsets)
+
+    @property
+    def span(self) -> int:
+        """How far the last access is from the first."""
+        return max(self.offsets) - self.first
+
+    @property
     def is_worth_it(self) -> bool:
-        first, last = min(self.offsets), max(self.offsets)
-        aligned = not any((offset - first) % self.size for offset in self.offsets)
-        return len(self.offsets) > 1 and aligned and last - first < NEIGHBOURS
+        aligned = not any((offset - self.first) % self.size for offset in self.offsets)
+        return len(self.offsets) > 1 and aligned and self.span < NEIGHBOURS
+
+
+def index(tlb: str, address: str, size: int, in_words: bool) -> str:
+    """The number of the element of RAM at an address, which is counted in bytes, or in words of 4 (a step less)."""
+    if in_words:
+        return f"{tlb}_words[{address} >> 10] + {address}"
+    place = f"{tlb}_tlb[{address} >> 12] + {address}"
+    return f"({place}) >> {size.bit_length() - 1}" if size > 1 else place
 
 
 def home(register: str) -> str:
@@ -117,6 +133,7 @@ class Writer:
         self.named: list[Symbol] = []  # all that were ever known by their identity, for no other may get it
         self.leaves: dict[int, set[str]] = {}  # the variables in a symbol, by its identity
         self.uses_of_flags: dict[Value, int] = {tree.head: self.use_of_first_flags(tree) for tree in trees}
+        self.notes_sources = IF_LEFT in self.uses_of_flags.values()
         self.sources: list[tuple] = [()]  # of flags that have no variables: the number of one is in `flags_of`
         for tree in trees:
             self.find_groups(tree)
@@ -213,10 +230,10 @@ class Writer:
                     for value in self.flag_values(item.flags):
                         self.count(value)
 
-    def count(self, value: Value | None, uses: int = 1) -> None:
+    def count(self, value: Value | None) -> None:
         if isinstance(value, Symbol):
             before = self.uses.get(id(value), 0)
-            self.uses[id(value)] = before + uses
+            self.uses[id(value)] = before + 1
             if not before:
                 for operand in value.operands:
                     self.count(operand)
@@ -273,10 +290,9 @@ class Writer:
             return 8
         return length
 
-    def give_name(self, value: Symbol, indent: int, scope: Scope) -> str:
+    def give_name(self, value: Symbol, indent: int, scope: Scope) -> None:
         self.named.append(value)
         scope[id(value)] = self.name_text(self.text(value, scope), indent)
-        return scope[id(value)]
 
     def name_text(self, text: str, indent: int, item: Any = None) -> str:
         """A name for what an expression comes to."""
@@ -344,22 +360,14 @@ class Writer:
     def place(self, item: Any, tlb: str, indent: int, scope: Scope) -> tuple[str, str, bool]:
         """Of an access alone: address, element of RAM, and whether the address is a multiple of the size for sure."""
         size = item.width // 8
-        shift = size.bit_length() - 1
         number = divide(item.address, 4) if size == 4 else None
-        if isinstance(number, Symbol):  # an element of an array: that saves some steps
-            self.name_parts(number, indent, scope)
-            text = self.name_text(self.text(number, scope), indent)
-            return "", f"words32[{tlb}_words[{text} >> 10] + {text}]", True
-        self.name_parts(item.address, indent, scope)
-        if isinstance(item.address, Symbol) and item.address.operation and id(item.address) not in scope:
-            self.give_name(item.address, indent, scope)
-        address = self.text(item.address, scope, 8)
-        if not isinstance(item.address, Symbol) and size == 4 and not item.address & 3:
-            return "", f"words32[{tlb}_words[{hex(item.address >> 12)}] + {hex(item.address >> 2)}]", True
-        page = f"{address} >> 12" if isinstance(item.address, Symbol) else hex(item.address >> 12)
-        place = f"{tlb}_tlb[{page}] + {address}"
-        element = f"{ARRAYS[item.width]}[({place}) >> {shift}]" if shift else f"bytes8[{place}]"
-        return address, element, trailing_zeros(item.address) >= shift
+        counted: Value = item.address if number is None else number
+        self.name_parts(counted, indent, scope)
+        address = self.text(counted, scope)
+        if isinstance(counted, Symbol):
+            address = self.name_text(address, indent)
+        element = f"{ARRAYS[item.width]}[{index(tlb, address, size, number is not None)}]"
+        return address, element, number is not None or trailing_zeros(item.address) >= size.bit_length() - 1
 
     def find_groups(self, tree: Tree) -> None:
         """Find the accesses of a tree that have neighbours."""
@@ -379,31 +387,24 @@ class Writer:
             return ""
         if id(group) not in scope:
             scope[id(group)] = self.write_group(group, item, indent, scope)
-        number = (base_and_offset(item.address)[1] - min(group.offsets)) // group.size
+        number = (base_and_offset(item.address)[1] - group.first) // group.size
         return f"{ARRAYS[item.width]}[{scope[id(group)]}{f' + {number}' if number else ''}]"
 
     def write_group(self, group: Group, item: Any, indent: int, scope: Scope) -> str:
         """Make sure of what is taken for granted; the name for the number of the first element of the group."""
-        first, last, size, shift = min(group.offsets), max(group.offsets), group.size, group.size.bit_length() - 1
-        address = group.base + first
+        address, size = group.base + group.first, group.size
         number = divide(address, 4) if size == 4 else None
+        unit = 1 if number is None else 4  # what the address is counted in
         self.name_parts(group.base, indent, scope)
         name = self.name_text(self.text(address if number is None else number, scope), indent)
-        unit = 1 if number is None else size  # what the address is counted in
         conditions = []
-        if last > first:
-            conditions.append(f"{name} & {hex(PAGE_SIZE // unit - 1)} > {(PAGE_SIZE - size - last + first) // unit}")
-        if trailing_zeros(address) < shift:
+        if group.span:
+            conditions.append(f"{name} & {hex(PAGE_SIZE // unit - 1)} > {(PAGE_SIZE - size - group.span) // unit}")
+        if trailing_zeros(address) < size.bit_length() - 1:
             conditions.append(f"{name} & {size - 1}")
         if conditions:
             self.line(indent, f"if {' or '.join(conditions)}: raise KeyError", item)
-        if number is not None:
-            element = f"{group.tlb}_words[{name} >> 10] + {name}"
-        elif size == 1:
-            element = f"{group.tlb}_tlb[{name} >> 12] + {name}"
-        else:
-            element = f"({group.tlb}_tlb[{name} >> 12] + {name}) >> {shift}"
-        return self.name_text(element, indent, item)
+        return self.name_text(index(group.tlb, name, size, number is not None), indent, item)
 
     def write_exit(self, item: Exit, indent: int, scope: Scope) -> None:
         """Go to a head if the instructions that are left allow that, else leave."""
@@ -422,7 +423,7 @@ class Writer:
                 longest = max(self.trees[entry].longest for entry in self.return_sites.values())
                 self.line(indent, f"if ip in return_sites and left >= {longest}:")
                 self.line(indent + 1, "entry = return_sites[ip]")
-                if IF_LEFT in self.uses_of_flags.values():
+                if self.notes_sources:
                     self.line(indent + 1, f"{FLAGS_OF} = 0")
                 self.line(indent + 1, "break" if self.inner_loop else "continue")
             self.write_end(indent)
@@ -430,13 +431,13 @@ class Writer:
         # Flags that nobody computes with are made only when they are wanted, from what comes now.
         use = self.uses_of_flags[item.target]
         now, later = (flags, {}) if use == COMPUTED_WITH else ({}, flags)
+        new = {id(value): name for name, value in changed.items() if isinstance(value, Symbol) and value.operation}
         if later and use == IF_LEFT:
-            now = self.note_source(later, changed)
+            now = self.note_source(later, changed, new)
             later = {name: value for name, value in later.items() if name not in now}
             self.line(indent, f"{FLAGS_OF} = {len(self.sources) - 1}")
-        elif flags and IF_LEFT in self.uses_of_flags.values():
+        elif flags and self.notes_sources:
             self.line(indent, f"{FLAGS_OF} = 0")
-        new = {id(value) for value in changed.values() if isinstance(value, Symbol) and value.operation}
         for value in later.values():
             if isinstance(value, Symbol) and id(value) not in new:
                 self.name_parts(value, indent, scope)
@@ -451,9 +452,13 @@ class Writer:
         self.write_assignments({"ip": item.target, **later}, indent, scope)
         self.write_end(indent)
 
-    def note_source(self, flags: dict[str, Value | None], changed: dict[str, Value | None]) -> dict[str, Value | None]:
-        """Note where flags come from: constants, registers as they will be, or else variables, which are returned."""
-        new = {id(value): name for name, value in changed.items() if isinstance(value, Symbol) and value.operation}
+    def note_source(
+        self, flags: dict[str, Value | None], changed: dict[str, Value | None], new: dict[int, str]
+    ) -> dict[str, Value | None]:
+        """Note where flags come from: constants, registers as they will be, or else variables, which are returned.
+
+        `new` has the names of registers by the identity of what is computed for them.
+        """
         registers = {register.name: register for register in self.registers}
         source: list[Value | None] = []
         variables: dict[str, Value | None] = {}
