@@ -202,10 +202,7 @@ class Memory(Operand):
 
     def at(self, distance: int, width: int) -> Memory:
         """The memory operand `distance` bytes further on, for instructions that take two values from one place."""
-        return type(self).for_width(width)(
-            self.cpu, width, self.segment, self.base, self.index, self.scale, self.displacement + distance,
-            self.address_mask.bit_length(),
-        )  # fmt: skip
+        return self._moved(type(self).for_width(width), width, self.displacement + distance)
 
     @property
     def constant(self) -> int:
@@ -213,8 +210,11 @@ class Memory(Operand):
 
     def with_constant(self, displacement: int) -> Memory:
         """The same for another displacement."""
-        return type(self)(
-            self.cpu, self.width, self.segment, self.base, self.index, self.scale, displacement,
+        return self._moved(type(self), self.width, displacement)
+
+    def _moved(self, kind: type[Memory], width: int, displacement: int) -> Memory:
+        return kind(
+            self.cpu, width, self.segment, self.base, self.index, self.scale, displacement,
             self.address_mask.bit_length(),
         )  # fmt: skip
 
