@@ -20,7 +20,6 @@ from mini_bhyve import segmentation as seg
 from mini_bhyve.decode import MAX_BLOCK, MAX_INSTRUCTION, Block, Decoder, Mode, Step
 from mini_bhyve.faults import general_protection
 from mini_bhyve.memory import PAGE_SIZE
-from mini_bhyve.paging import FETCH, USER_ACCESS
 
 if TYPE_CHECKING:
     from mini_bhyve.cpu import Cpu
@@ -78,12 +77,12 @@ class CodeCache:
             linear, within_limit = (cs.base + ip) & 0xFFFFFFFF, cs.last + 1 - ip
         if within_limit <= 0:
             raise general_protection()
-        physical = cpu.mmu.translate(linear, FETCH | cpu.user_access & USER_ACCESS)
+        physical = cpu.mmu.translate(linear, cpu.fetch_access)
         code = cpu.memory.read(physical, min(PAGE_SIZE - (physical & PAGE_SIZE - 1), within_limit))
         block = self.block_at((cpu.memory.ram_offset(physical),), code, 0)
         if block is None and within_limit > len(code):
             # Not even one instruction on this page: it runs on into the next one, wherever that is.
-            next_page = cpu.mmu.translate((linear + len(code)) & cpu.linear_mask, FETCH | cpu.user_access & USER_ACCESS)
+            next_page = cpu.mmu.translate((linear + len(code)) & cpu.linear_mask, cpu.fetch_access)
             places = cpu.memory.ram_offset(physical), cpu.memory.ram_offset(next_page)
             more = cpu.memory.read(next_page, min(MAX_INSTRUCTION, within_limit - len(code)))
             block = self.block_at(places, code + more, len(code))

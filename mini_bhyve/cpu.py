@@ -228,9 +228,14 @@ class Cpu(MemoryAccess):
         else:
             self.user_access = SMAP_OVERRIDE if self.cr4 & CR4_SMAP and self.system_flags & fl.AC else 0
         mmu, whose = self.mmu, self.user_access
-        self.fetched = mmu.known[FETCH | whose & USER_ACCESS]
+        self.fetched = mmu.known[self.fetch_access]
         self.read_tlb, self.write_tlb = mmu.read_tlb[whose], mmu.write_tlb[whose]
         self.read_words, self.write_words = mmu.read_words[whose], mmu.write_words[whose]
+
+    @property
+    def fetch_access(self) -> int:
+        """What fetching is to paging. Whether AC lifts SMAP is of no matter for it."""
+        return FETCH | self.user_access & USER_ACCESS
 
     def flush_tlb(self) -> None:
         """Forget all translations, and which code lies at which address."""
