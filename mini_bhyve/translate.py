@@ -62,7 +62,7 @@ the contrary is taken for granted. What cannot be translated so, such as what ch
 from __future__ import annotations
 
 import pathlib
-import platform
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -97,12 +97,11 @@ if TYPE_CHECKING:
 
 # Times that a block is interpreted before it is translated: that costs as much as some hundred runs of it. (PyPy
 # compiles the interpreter, too, and each translation costs it a compilation of its own: there it pays later.)
-HOT = 10_000 if platform.python_implementation() == "PyPy" else 300
+HOT = 10_000 if sys.implementation.name == "pypy" else 300
 SLICE = 10_000  # instructions at a time: a pause or an interrupt from another thread waits for no more than this
 MAX_TRANSLATIONS = 1000  # kept at a time
 
-# An instruction that leaves its translation so often, each time within so many instructions, is not translated, or so
-# that addresses may wrap around.
+# An instruction that leaves its translation so often, each time within so many instructions, is read otherwise then.
 MANY_TROUBLES, RARE_TROUBLE = 20, 200
 
 
@@ -166,7 +165,6 @@ class Translator:
             WRITABLE_TO[1:]: lambda segment: segment.last if segment.writable and segment.first == 0 else -1,
             "carry_flag": carry_flag,
             "explicit_flags": explicit_flags,
-            "whole_source": whole_source,
         }
         for names in (NAMES_32, NAMES_64):
             self.names.update({name.upper(): register for name, register in zip(names, cpu.regs)})

@@ -146,10 +146,10 @@ class Tree:
     def __init__(self, head: int, way: list):
         self.head = head
         self.way = way
-        self.exits = [item for item in all_items(way) if isinstance(item, Exit)]
-        self.longest = max(item.done for item in self.exits)
+        exits = [item for item in all_items(way) if isinstance(item, Exit)]
+        self.longest = max(item.done for item in exits)
+        self.is_loop = any(item.to_head and item.target == head for item in exits)
         self.is_return_site = False
-        self.is_loop = any(item.to_head and item.target == head for item in self.exits)
 
 
 def all_items(way: list) -> Iterator[Any]:
