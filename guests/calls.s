@@ -5,9 +5,6 @@
 
 .equ ROUNDS, 20                         # about 0.35 million instructions each
 
-.include "serial.inc"
-.include "boot.inc"
-.include "paging.inc"
 .include "result.inc"
 
 .section .text

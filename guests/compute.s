@@ -4,9 +4,6 @@
 
 .equ ROUNDS, 3                          # about 1.16 million instructions each
 
-.include "serial.inc"
-.include "boot.inc"
-.include "paging.inc"
 .include "result.inc"
 
 .section .text
