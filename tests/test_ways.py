@@ -142,23 +142,29 @@ def test_the_interrupt_flag_changes_within_a_translation():
 class Clock(Register):
     """A device that tells how many instructions have been executed."""
 
-    def __init__(self, cpu: Cpu) -> None:
+    def __init__(self, cpu: Cpu, quiet: bool) -> None:
         super().__init__()
         self.cpu = cpu
-        self.quiet = True
+        self.quiet = quiet
 
     def read_memory(self, address: int, size: int) -> int:
         return self.cpu.instructions
 
 
-def test_a_device_that_is_read_in_a_translation_sees_the_right_time(monkeypatch):
+def reading_a_clock(quiet: bool) -> Cpu:
+    """A processor that adds up in ESI what such a device tells, 500 times."""
     # mov ecx, 500; again: inc edx; mov eax, [device]; add esi, eax; dec ecx; jnz again
+    cpu = machine(f"b9f4010000 42 a1{number(BASE)} 01c6 49 75f5 f4")
+    cpu.memory.claim(Clock(cpu, quiet))
+    cpu.memory.load(0x3000, (BASE | 7).to_bytes(4, "little"))
+    cpu.memory.load(TABLES[0] + (BASE >> 20), (0x3007).to_bytes(4, "little"))
+    return cpu
+
+
+def test_a_device_that_is_read_in_a_translation_sees_the_right_time(monkeypatch):
     cpus = []
     for heat in (1, COLD):
-        cpu = machine(f"b9f4010000 42 a1{number(BASE)} 01c6 49 75f5 f4")
-        cpu.memory.claim(Clock(cpu))
-        cpu.memory.load(0x3000, (BASE | 7).to_bytes(4, "little"))
-        cpu.memory.load(TABLES[0] + (BASE >> 20), (0x3007).to_bytes(4, "little"))
+        cpu = reading_a_clock(quiet=True)
         left = count_left(cpu, monkeypatch)
         cpus.append(run(cpu, heat))
     assert cpus[0].regs[RSI].value == cpus[1].regs[RSI].value == sum(2 + 5 * turn for turn in range(500))
@@ -167,13 +173,7 @@ def test_a_device_that_is_read_in_a_translation_sees_the_right_time(monkeypatch)
 
 
 def test_a_device_that_may_change_something_when_it_is_read_is_left_to_the_interpreter():
-    # mov ecx, 500; again: inc edx; mov eax, [device]; add esi, eax; dec ecx; jnz again
-    cpu = machine(f"b9f4010000 42 a1{number(BASE)} 01c6 49 75f5 f4")
-    device, stops = Clock(cpu), 0
-    device.quiet = False
-    cpu.memory.claim(device)
-    cpu.memory.load(0x3000, (BASE | 7).to_bytes(4, "little"))
-    cpu.memory.load(TABLES[0] + (BASE >> 20), (0x3007).to_bytes(4, "little"))
+    cpu, stops = reading_a_clock(quiet=False), 0
     cpu.translator.heat = 1
     while not cpu.halted:
         stops += cpu.attention
